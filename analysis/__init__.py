@@ -1,0 +1,1 @@
+"""The science: laws, fits, intervals, forecasts, plots. Never imports torch."""

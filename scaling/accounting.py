@@ -1,0 +1,180 @@
+"""Parameters by group, FLOPs per token by term, bytes: every count that a scaling-law convention uses.
+
+Matrix multiplications only, 2 FLOPs a multiply-add, as in Kaplan et al. 2020 (arXiv 2001.08361, table 1) and
+Hoffmann et al. 2022 (arXiv 2203.15556, appendix F); element-wise work, norms and softmax are not counted.
+Backward costs twice forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from scaling.errors import unknown
+from scaling.shape import ModelShape
+
+ParamsConvention = Literal["total", "non_embedding", "body_head"]
+FlopsConvention = Literal["exact", "full_attention", "6nd"]
+PARAMS_CONVENTIONS: tuple[ParamsConvention, ...] = ("total", "non_embedding", "body_head")
+FLOPS_CONVENTIONS: tuple[FlopsConvention, ...] = ("exact", "full_attention", "6nd")
+
+
+@dataclass(frozen=True)
+class ParamCount:
+    """Parameters by group. The groups sum to `total`."""
+
+    embedding: int
+    """Input embedding: vocab_size × width."""
+    head: int
+    """Output head: vocab_size × width, or 0 when it shares the embedding's matrix."""
+    attention: int
+    """Query, key, value and output projections of all layers."""
+    mlp: int
+    """The three SwiGLU matrices of all layers."""
+    norms: int
+    """RMSNorm gains, QK-norm's included."""
+    tied: bool
+    """Whether head and embedding are one matrix."""
+
+    @property
+    def total(self) -> int:
+        """Every trainable number, each once."""
+        return self.embedding + self.head + self.attention + self.mlp + self.norms
+
+    @property
+    def non_embedding(self) -> int:
+        """Kaplan's N: neither embedding nor head."""
+        return self.attention + self.mlp + self.norms
+
+    @property
+    def body_head(self) -> int:
+        """Layers and output head: the parameters that multiply each token (the head counts when tied too)."""
+        return self.non_embedding + (self.embedding if self.tied else self.head)
+
+    def count(self, convention: ParamsConvention) -> int:
+        """N under a convention: total | non_embedding | body_head."""
+        if convention not in PARAMS_CONVENTIONS:
+            raise unknown("parameter convention", convention, PARAMS_CONVENTIONS)
+        return int(getattr(self, convention))
+
+
+def count_params(shape: ModelShape) -> ParamCount:
+    """Parameters of a shape by group."""
+    w, layers, hd = shape.width, shape.depth, shape.dim_per_head
+    query, kv = shape.n_heads * hd, shape.kv_heads * hd
+    embedding = shape.vocab_size * w
+    return ParamCount(
+        embedding=embedding,
+        head=0 if shape.tied_embeddings else embedding,
+        attention=layers * (2 * w * query + 2 * w * kv),
+        mlp=layers * 3 * w * shape.d_ff,
+        norms=layers * (2 * w + (2 * hd if shape.qk_norm else 0)) + w,
+        tied=shape.tied_embeddings,
+    )
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Forward FLOPs of one training token by term, averaged over the sequence. The terms sum to `forward`."""
+
+    attention_projections: float
+    """2 × attention parameters."""
+    attention_scores: float
+    """QKᵀ and the weighted sum of V: 4·n_heads·head_dim × mean context length."""
+    mlp: float
+    """2 × MLP parameters."""
+    head: float
+    """2 × vocab_size × width."""
+
+    @property
+    def forward(self) -> float:
+        """One token, forward."""
+        return self.attention_projections + self.attention_scores + self.mlp + self.head
+
+    @property
+    def train(self) -> float:
+        """One token, forward and backward: three times forward."""
+        return 3 * self.forward
+
+
+def flops_per_token(shape: ModelShape, causal: bool = True) -> FlopsPerToken:
+    """FLOPs of one token by term.
+
+    Args:
+        shape: the model.
+        causal: True (exact): a token attends to (seq_len + 1)/2 positions on average; False: to all seq_len, as
+            PaLM's MFU convention and torch's FlopCounterMode count.
+    """
+    params = count_params(shape)
+    context = (shape.seq_len + 1) / 2 if causal else float(shape.seq_len)
+    return FlopsPerToken(
+        attention_projections=2.0 * params.attention,
+        attention_scores=4.0 * shape.depth * shape.n_heads * shape.dim_per_head * context,
+        mlp=2.0 * params.mlp,
+        head=2.0 * shape.vocab_size * shape.width,
+    )
+
+
+def training_flops(
+    shape: ModelShape,
+    tokens: float,
+    convention: FlopsConvention = "exact",
+    params: ParamsConvention = "body_head",
+) -> float:
+    """C, the FLOPs of training on `tokens`, forward and backward.
+
+    Args:
+        convention: "exact": causal attention; "full_attention": attention not halved; "6nd": 6·N·D.
+        params: which N the 6nd convention uses.
+    """
+    if convention == "exact":
+        return flops_per_token(shape).train * tokens
+    if convention == "full_attention":
+        return flops_per_token(shape, causal=False).train * tokens
+    if convention == "6nd":
+        return 6.0 * count_params(shape).count(params) * tokens
+    raise unknown("FLOPs convention", convention, FLOPS_CONVENTIONS)
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Memory of a training step on one device, nothing sharded. The parts sum to `total`."""
+
+    weights: int
+    """fp32 master weights, and their low-precision copies in the forward pass when precision is not fp32."""
+    gradients: int
+    """fp32 gradients."""
+    optimizer: int
+    """AdamW: two fp32 moments; Muon: one on the layers' matrices, AdamW's two on the rest."""
+    activations: int
+    """What the forward pass keeps for the backward pass of one micro-batch, logits included; nothing recomputed."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_bytes(
+    shape: ModelShape, micro_batch_tokens: int, optimizer: str = "adamw", precision: str = "fp32"
+) -> TrainingBytes:
+    """Bytes of a training step by part, before allocator overhead.
+
+    Activations per token and layer, as stored values: the inputs of the two norms, of the four attention
+    projections, of RoPE and attention (q, k, v and output), of the MLP (input, gate, up, product); for the head its
+    input, the logits and their fp32 log-probabilities.
+    """
+    p = count_params(shape)
+    value = 4 if precision == "fp32" else 2
+    query, kv = shape.n_heads * shape.dim_per_head, shape.kv_heads * shape.dim_per_head
+    # norm inputs and outputs: 4w; q, k before and after QK-norm and RoPE: 3 each; v, attention output: 1 each
+    per_layer = 4 * shape.width + 3 * (query + kv) + kv + query + 4 * shape.d_ff
+    values = shape.depth * per_layer + 3 * shape.width
+    logits = shape.vocab_size * (value + 4)
+    matrices = p.attention + p.mlp
+    states = 2 * p.total - (matrices if optimizer == "muon" else 0)
+    return TrainingBytes(
+        weights=p.total * (4 if precision == "fp32" else 6),
+        gradients=4 * p.total,
+        optimizer=4 * states,
+        activations=micro_batch_tokens * (values * value + logits),
+    )

@@ -1,0 +1,198 @@
+"""The files that pass between planner, engine and science: their schemas, versions and seals."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from scaling.config import canonical_json, from_dict, to_dict
+from scaling.errors import InputError
+from scaling.files import read_versioned, write_json, write_json_once
+from scaling.shape import ShapeFamily
+from scaling.spec import RunSpec
+
+Status = Literal["ok", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class DataManifest:
+    """A prepared corpus: `CACHE/data/DIGEST/manifest.json` beside its shards."""
+
+    VERSION = 1
+    name: str
+    digest: str
+    """First 16 hex of sha256 over tokenizer, train and validation tokens."""
+    vocab_size: int
+    train_tokens: int
+    validation_tokens: int
+    train_bytes: int
+    """UTF-8 bytes of the training documents."""
+    validation_bytes: int
+    """UTF-8 bytes of the validation documents: turns nats per token into bits per byte."""
+    train_documents: int
+    validation_documents: int
+    duplicates_removed: int
+    """Exact and near duplicates left out before the split."""
+    replaced_bytes: int
+    """Bytes that were not UTF-8 and became U+FFFD."""
+
+    @classmethod
+    def read(cls, path: Path) -> DataManifest:
+        return from_dict(cls, read_versioned(path, "data manifest", cls.VERSION))
+
+    def write(self, path: Path) -> None:
+        write_json(path, {"schema_version": self.VERSION, **to_dict(self)})
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a finished run was and came to: `record.json`. Its presence means done."""
+
+    VERSION = 1
+    run_id: str
+    status: Status
+    spec: RunSpec
+    params: dict[str, int]
+    """Parameters by group, with total, non_embedding and body_head."""
+    tokens: int
+    """Training tokens seen."""
+    flops: dict[str, float]
+    """Training FLOPs under exact, full_attention and 6nd (body+head)."""
+    loss: float | None
+    """Held-out loss at the end, nats per token; None unless status is ok."""
+    bits_per_byte: float | None
+    """The same in bits per byte of held-out text."""
+    domain_losses: dict[str, float]
+    """Held-out loss by domain of the corpus, nats per token, where the corpus has domains."""
+    train_loss: float | None
+    """Mean training loss of the last tenth of the run's steps."""
+    epochs: float
+    """Training tokens over the corpus's training tokens."""
+    wall_s: float
+    """Seconds in the training loop over all attempts, evaluation and checkpoints included."""
+    train_s: float
+    """Seconds in training steps alone."""
+    tokens_per_s: float
+    """Training tokens over train_s."""
+    mfu: float | None
+    """Exact FLOPs per second over the device's peak; None where the peak is not known."""
+    attempts: int
+    device: str
+    threads: int
+    versions: dict[str, str]
+    commit: str | None
+    """Git commit of the code, with "+dirty" when the work tree was changed; None outside a clone."""
+    reason: str | None = None
+    """Why the run diverged or failed, one line."""
+    wandb_id: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        return from_dict(cls, read_versioned(path, "run record", cls.VERSION))
+
+    def write_once(self, path: Path) -> bool:
+        """Write record.json unless it exists; the first writer wins. Returns whether this call made it."""
+        return write_json_once(path, {"schema_version": self.VERSION, **to_dict(self)})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan.json: the runs that a sweep consists of."""
+
+    VERSION = 1
+    name: str
+    grid: str
+    """Name of the grid that made it."""
+    overrides: list[str]
+    """The command line that made it."""
+    created: str
+    """UTC time, ISO 8601."""
+    commit: str | None
+    family: ShapeFamily
+    """Shapes that the sweep ranges over; a forecast snaps to it."""
+    recipe: dict[str, Any]
+    """The hyperparameter rule that set LR and batch, as configured; a forecast applies it at the target."""
+    data: DataManifest
+    runs: list[RunSpec] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        return from_dict(cls, read_versioned(path, "sweep plan", cls.VERSION))
+
+    def write(self, path: Path) -> None:
+        write_json(path, {"schema_version": self.VERSION, **to_dict(self)})
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The forecast's held-out loss at one point of the flagship's run, nats per token."""
+
+    tokens: int
+    loss: float
+    interval_50: tuple[float, float]
+    interval_90: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """forecast.json: sealed before the flagship starts."""
+
+    VERSION = 1
+    created: str
+    """UTC time, ISO 8601."""
+    sweep: str
+    """Where the runs came from, as given."""
+    run_ids: list[str]
+    """The runs that the law was fitted on."""
+    laws: list[dict[str, Any]]
+    """Each law used: name, weight, parameters, objective."""
+    convention: dict[str, str]
+    """params (total | non_embedding | body_head), flops (exact | …), loss unit (nats_per_token)."""
+    target_flops: float
+    n_params: float
+    """Continuous N*, in the convention above."""
+    n_tokens: float
+    """Continuous D*."""
+    spec: RunSpec
+    """The snapped shape, its tokens and recipe: what the flagship trains."""
+    loss: float
+    """Held-out loss forecast for `spec`, nats per token."""
+    interval_50: tuple[float, float]
+    interval_90: tuple[float, float]
+    curve: list[CurvePoint]
+    """Loss along the run; empty when the sweep's curves are not at hand."""
+    extrapolation_ratio: float
+    """spec.flops over the largest fitted run's."""
+    extrapolation_colour: Literal["green", "amber", "red"]
+    """≤30× green, ≤300× amber, more red."""
+    notes: list[str]
+    """Warnings, runs left out and why."""
+    seal: str = ""
+    """sha256 over the canonical JSON of all the other fields."""
+
+    def computed_seal(self) -> str:
+        """sha256 over the canonical JSON of every field but the seal."""
+        fields = to_dict(self)
+        del fields["seal"]
+        return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+
+    @classmethod
+    def read(cls, path: Path) -> Forecast:
+        """Read and check the seal.
+
+        Raises:
+            InputError: unreadable, newer schema, or changed after it was sealed.
+        """
+        forecast = from_dict(cls, read_versioned(path, "forecast", cls.VERSION))
+        if forecast.seal != forecast.computed_seal():
+            raise InputError(
+                f"forecast {path} was changed after it was sealed (seal {forecast.seal[:12]}…, content "
+                f"{forecast.computed_seal()[:12]}…): make it again with python -m analysis.fit"
+            )
+        return forecast
+
+    def write(self, path: Path) -> None:
+        assert self.seal == self.computed_seal(), "seal a forecast before writing it"
+        write_json(path, {"schema_version": self.VERSION, **to_dict(self)})

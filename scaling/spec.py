@@ -1,0 +1,197 @@
+"""RunSpec: everything that decides a run's result, frozen; run_id is the hash of it.
+
+Where a run executes (device, layout, host, micro-batch) is not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from scaling.accounting import ParamCount, count_params, flops_per_token, training_flops
+from scaling.config import canonical_json, from_dict, identity_dict, to_dict
+from scaling.errors import InputError
+from scaling.shape import ModelShape
+
+CODE_CONTRACT = 1
+"""Raised when a change of the code changes what a given RunSpec trains to."""
+
+HOST = {"identity": False}
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The corpus. Its identity is the digest of the token shards that training reads, not where they came from."""
+
+    name: Literal["stdlib", "site", "text", "jsonl"]
+    path: str | None = field(default=None, metadata=HOST)
+    """Glob of the files of data=text and data=jsonl."""
+    digest: str | None = None
+    """First 16 hex of sha256 over tokenizer, train and validation tokens; None until the corpus is prepared."""
+    max_epochs: float = field(default=1.0, metadata=HOST)
+    """Refuse a run that would read the training tokens more often than this."""
+
+    def __post_init__(self) -> None:
+        if self.name in ("text", "jsonl") and not self.path:
+            raise InputError(f"data={self.name} needs data.path=GLOB, the files to read")
+        if self.max_epochs <= 0:
+            raise InputError(f"data.max_epochs = {self.max_epochs}: must be positive")
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW for every parameter, or Muon for the layers' matrices and AdamW for the rest."""
+
+    name: Literal["adamw", "muon"]
+    peak_lr: float
+    """Learning rate after warm-up. Muon's update is scaled to AdamW's RMS (match_rms_adamw), so one number serves both."""
+    adamw_lr_ratio: float = 1.0
+    """With Muon: learning rate of the parameters that AdamW keeps (embedding, head, norms), over peak_lr."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and embeddings have none."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    """Muon's momentum (Nesterov)."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    z_loss: float = 0.0
+    """Weight of mean(logsumexp(logits)²) (PaLM's z-loss), not part of the reported loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("peak_lr", "adamw_lr_ratio", "eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"optim.{name} = {getattr(self, name)}: must be positive")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optim.{name} = {getattr(self, name)}: must be in [0, 1)")
+        for name in ("weight_decay", "z_loss"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"optim.{name} = {getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """Learning rate over the run: linear warm-up to peak_lr, then the kind's own shape down to final_lr_ratio·peak_lr."""
+
+    kind: Literal["wsd", "cosine", "linear"]
+    warmup_tokens: int
+    decay_fraction: float = 0.2
+    """wsd: the last part of the run, in which the learning rate falls (Hägele et al. 2024, arXiv 2405.18392)."""
+    decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
+    """wsd: factor 1 − √x or 1 − x at fraction x of the decay."""
+    final_lr_ratio: float = 0.0
+    """Learning rate at the last step over peak_lr."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_tokens < 0:
+            raise InputError(f"schedule.warmup_tokens = {self.warmup_tokens}: must not be negative")
+        for name in ("decay_fraction", "final_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"schedule.{name} = {getattr(self, name)}: must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """Evaluation on the fixed held-out set: the first `tokens` of the validation shard."""
+
+    tokens: int
+    """Tokens predicted in each evaluation (fewer when the validation shard is smaller)."""
+    points: int = field(default=10, metadata=HOST)
+    """Evaluations in a run, evenly spaced, the last at its end."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "points"):
+            if getattr(self, name) < 1:
+                raise InputError(f"eval.{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run. `run_id` hashes the fields that decide its result."""
+
+    shape: ModelShape
+    data: DataSpec
+    tokens: int
+    """Training tokens: a multiple of batch_tokens."""
+    batch_tokens: int
+    """Tokens of one optimizer step, over all devices: a multiple of seq_len."""
+    optim: OptimSpec
+    schedule: ScheduleSpec
+    eval: EvalSpec
+    seed: int = 0
+    """Decides the initial weights and the order of the data."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    divergence_factor: float = 2.0
+    """Stop as diverged when the smoothed training loss exceeds this times its running minimum."""
+    parent_run_id: str | None = field(default=None, metadata={"absent": None})
+    """A branch: the trunk run it starts from."""
+    parent_step: int | None = field(default=None, metadata={"absent": None})
+    """A branch: the trunk's step it starts from."""
+    contract: int = CODE_CONTRACT
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1 or self.batch_tokens % self.shape.seq_len:
+            raise InputError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.shape.seq_len}: "
+                f"use {max(1, round(self.batch_tokens / self.shape.seq_len)) * self.shape.seq_len}"
+            )
+        if self.tokens < 1 or self.tokens % self.batch_tokens:
+            raise InputError(
+                f"tokens {self.tokens} is not a multiple of batch_tokens {self.batch_tokens}: "
+                f"use {max(1, round(self.tokens / self.batch_tokens)) * self.batch_tokens}"
+            )
+        if self.schedule.warmup_tokens >= self.tokens:
+            raise InputError(
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens} must be below the run's {self.tokens} tokens"
+            )
+        if self.divergence_factor <= 1:
+            raise InputError(f"divergence_factor = {self.divergence_factor}: must be above 1")
+        if self.contract != CODE_CONTRACT:
+            raise InputError(
+                f"this run was planned for code contract {self.contract}, this code trains contract {CODE_CONTRACT}: "
+                "plan it again"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.tokens // self.batch_tokens
+
+    @property
+    def params(self) -> ParamCount:
+        """Parameters by group."""
+        return count_params(self.shape)
+
+    @property
+    def flops(self) -> float:
+        """Exact training FLOPs (causal attention), forward and backward, without evaluation."""
+        return training_flops(self.shape, self.tokens)
+
+    @property
+    def eval_flops(self) -> float:
+        """Forward FLOPs of one evaluation."""
+        return flops_per_token(self.shape).forward * self.eval.tokens
+
+    @cached_property
+    def run_id(self) -> str:
+        """First 16 hex of sha256 over the canonical JSON of what decides the result."""
+        return hashlib.sha256(canonical_json(identity_dict(self)).encode()).hexdigest()[:16]
+
+    def with_digest(self, digest: str) -> RunSpec:
+        """The same run on the prepared corpus of this digest."""
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, digest=digest))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        out: dict[str, Any] = to_dict(self)
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunSpec:
+        """The inverse of `to_dict`; strict."""
+        return from_dict(cls, data)

@@ -1,0 +1,229 @@
+"""SweepDir and RunDir own every path of a sweep; Lease makes sure that one process at a time trains a run.
+
+SWEEP/plan.json  runs.csv  README.md  launcher.lock
+SWEEP/runs/RUN_ID/spec.json
+                  attempts/0001/lease.json metrics.jsonl log.txt    one folder an attempt, the highest owns the run
+                  checkpoints/
+                  metrics.jsonl     the attempts' metrics merged, written when the run ends
+                  record.json       last; its presence means done
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scaling.errors import InputError
+from scaling.files import read_json, read_json_lines, write_json, write_text
+from scaling.records import Plan, RunRecord
+from scaling.spec import RunSpec
+
+LEASE_TIMEOUT_S = 60.0
+"""A lease of another host whose heartbeat is older than this is dead. On one host the process itself is asked."""
+
+
+def default_cache() -> Path:
+    """Where prepared corpora are kept: $ISOFLOP_CACHE, or out/cache beside the packages."""
+    return Path(os.environ.get("ISOFLOP_CACHE") or Path(__file__).resolve().parents[1] / "out" / "cache")
+
+
+@cache
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _process_started(pid: int) -> str | None:
+    """The process's start time in clock ticks after boot, or None when it is gone (a zombie counts as gone)."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else rest[18]
+
+
+class LostLease(RuntimeError):
+    """A newer attempt owns the run: this copy must stop without writing anything more."""
+
+
+@dataclass
+class Lease:
+    """The right to train a run: attempt number N, while no higher attempt exists.
+
+    Ownership is checked before each checkpoint and before the record (`check`), so a copy that was thought dead
+    fences itself. The heartbeat is the lease file's mtime.
+    """
+
+    run: RunDir
+    attempt: int
+
+    @property
+    def folder(self) -> Path:
+        """attempts/NNNN, where this attempt writes its metrics and log."""
+        return self.run.attempt_dir(self.attempt)
+
+    def check(self) -> None:
+        """Refresh the heartbeat.
+
+        Raises:
+            LostLease: a higher attempt has taken the run.
+        """
+        if self.run.last_attempt() != self.attempt:
+            raise LostLease(f"run {self.run.path.name}: attempt {self.attempt} was superseded")
+        os.utime(self.folder / "lease.json")
+
+    def release(self) -> None:
+        """Say that this attempt has ended, so that the next need not wait for its heartbeat."""
+        (self.folder / "released").touch()
+
+
+class RunDir:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.spec_json = self.path / "spec.json"
+        self.record_json = self.path / "record.json"
+        self.metrics_jsonl = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.attempts = self.path / "attempts"
+
+    def create(self, spec: RunSpec) -> None:
+        """Make the folder and its spec.json, if it is not there yet."""
+        if not self.spec_json.exists():
+            write_json(self.spec_json, spec.to_dict())
+
+    def spec(self) -> RunSpec:
+        """Read spec.json."""
+        return RunSpec.from_dict(read_json(self.spec_json, "run spec"))
+
+    def record(self) -> RunRecord | None:
+        """The record of a finished run, or None."""
+        return RunRecord.read(self.record_json) if self.record_json.exists() else None
+
+    def attempt_dir(self, attempt: int) -> Path:
+        """The folder of attempt number `attempt` (from 1)."""
+        return self.attempts / f"{attempt:04d}"
+
+    def last_attempt(self) -> int:
+        """The highest attempt's number; 0 when there was none."""
+        try:
+            return max((int(n) for n in os.listdir(self.attempts) if n.isdigit()), default=0)
+        except FileNotFoundError:
+            return 0
+
+    def is_leased(self) -> bool:
+        """Whether a live process holds the run."""
+        attempt = self.last_attempt()
+        folder = self.attempt_dir(attempt)
+        if attempt == 0 or (folder / "released").exists():
+            return False
+        try:
+            age_s = time.time() - (folder / "lease.json").stat().st_mtime
+            lease = json.loads((folder / "lease.json").read_text())
+        except (OSError, ValueError):  # between making the folder and its lease, or died there
+            with contextlib.suppress(OSError):
+                return time.time() - folder.stat().st_mtime < LEASE_TIMEOUT_S / 6
+            return False
+        if lease["boot_id"] == _boot_id():
+            return _process_started(lease["pid"]) == lease["started"]
+        return age_s < LEASE_TIMEOUT_S
+
+    def acquire(self) -> Lease | None:
+        """Take the run for this process as a new attempt; None when it is done or a live process holds it."""
+        if self.record_json.exists() or self.is_leased():
+            return None
+        attempt = self.last_attempt() + 1
+        folder = self.attempt_dir(attempt)
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()  # exclusive: of two that try, one wins
+        except FileExistsError:
+            return None
+        pid = os.getpid()
+        write_json(
+            folder / "lease.json",
+            {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": pid, "started": _process_started(pid)},
+        )
+        lease = Lease(self, attempt)
+        if self.record_json.exists():  # done between the look and the lease
+            lease.release()
+            return None
+        return lease
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The run's metrics by step: the merged file, or the attempts' so far, the last row of a step winning."""
+        if self.metrics_jsonl.exists():
+            return read_json_lines(self.metrics_jsonl)
+        rows: dict[int, dict[str, Any]] = {}
+        for attempt in range(1, self.last_attempt() + 1):
+            new = read_json_lines(self.attempt_dir(attempt) / "metrics.jsonl")
+            if new:  # an attempt that resumed does again what its predecessor did after the checkpoint
+                rows = {step: row for step, row in rows.items() if step < new[0]["step"]}
+            rows.update({row["step"]: row for row in new})
+        return [rows[step] for step in sorted(rows)]
+
+    def merge_metrics(self) -> None:
+        """Write metrics.jsonl from the attempts' metrics."""
+        write_text(self.metrics_jsonl, "".join(json.dumps(row) + "\n" for row in self.metrics()))
+
+
+class SweepDir:
+    """One sweep's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.plan_json = self.path / "plan.json"
+        self.runs_csv = self.path / "runs.csv"
+        self.runs = self.path / "runs"
+
+    def plan(self) -> Plan:
+        """Read plan.json."""
+        return Plan.read(self.plan_json)
+
+    def run(self, run_id: str) -> RunDir:
+        """The folder of one run."""
+        return RunDir(self.runs / run_id)
+
+    def records(self) -> list[RunRecord]:
+        """The records of all finished runs of the plan, in the plan's order."""
+        found = (self.run(spec.run_id).record() for spec in self.plan().runs)
+        return [record for record in found if record is not None]
+
+    @contextlib.contextmanager
+    def launcher_lock(self) -> Iterator[bool]:
+        """Hold the sweep's launcher lock if it is free: yields whether it is held. The kernel frees it on death."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "launcher.lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a folder that cannot be written.
+
+    Raises:
+        InputError: read-only, or a file stands in its place.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write in {path}: {error.strerror or error}") from None

@@ -1,0 +1,1 @@
+"""The engine: corpus, model and the only training loop."""
