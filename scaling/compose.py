@@ -1,0 +1,155 @@
+"""conf/ and a command line to one configuration: Hydra's groups and grammar, without its own error pages.
+
+Hydra composes the groups (`data=stdlib`); single values (`model.width=64`) are set on the result afterwards, which
+takes a millisecond where a composition takes fifty: a grid composes once per choice of groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from scaling.errors import InputError, unknown
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def groups() -> dict[str, list[str]]:
+    """The config groups and their options."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir()
+    }
+
+
+@cache
+def parse_override(text: str) -> Override:
+    """Read one `key=value`.
+
+    Raises:
+        InputError: not of that form.
+    """
+    if text.startswith("-"):
+        name = text.lstrip("-").replace("-", "_").partition("=")[0]
+        raise InputError(f"unknown option {text!r}: settings are written {name}=VALUE; --help shows them")
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"cannot read {text!r} as key=value ({why}): quote values with special characters") from None
+    if override.is_delete():
+        raise InputError(f"cannot delete a setting ({text!r}): give key=null to unset it")
+    return override
+
+
+def _is_group(override: Override) -> bool:
+    return override.key_or_group in groups()
+
+
+def expand(texts: Iterable[str]) -> list[list[str]]:
+    """The product of overrides whose values may be lists (`a,b,c`, `range(…)`): one list of single overrides each."""
+    product: list[list[str]] = [[]]
+    for text in texts:
+        override = parse_override(text)
+        key = override.key_or_group
+        if override.is_sweep_override():
+            choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            choices = [text]
+        product = [chosen + [choice] for chosen in product for choice in choices]
+    return product
+
+
+def keys(node: DictConfig) -> list[str]:
+    """Every dotted key of a configuration that holds a value."""
+    out = []
+    for key in node:
+        value = node._get_node(key)
+        out += [f"{key}.{k}" for k in keys(value)] if isinstance(value, DictConfig) and len(value) else [str(key)]
+    return out
+
+
+def _exists(config: DictConfig, key: str) -> bool:
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or part not in node:
+            return False
+        node = node._get_node(part)
+    return True
+
+
+def update(config: DictConfig, overrides: Iterable[str]) -> DictConfig:
+    """A copy of `config` with single values set; groups are left to `load`.
+
+    Raises:
+        InputError: a key that the configuration does not have.
+    """
+    config = config.copy()
+    for text in overrides:
+        override = parse_override(text)
+        key = override.key_or_group
+        if _is_group(override):
+            continue
+        if not _exists(config, key):
+            raise unknown("override", key, [*keys(config), *groups()])
+        OmegaConf.update(config, key, override.value(), merge=True)
+    return config
+
+
+def load(name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration `conf/NAME.yaml` with overrides on it; later ones win.
+
+    Raises:
+        InputError: unknown group option or key, or an override that cannot be read.
+    """
+    choices: dict[str, str] = {}
+    for text in overrides:
+        override = parse_override(text)
+        if _is_group(override):
+            group, value = override.key_or_group, override.value()
+            if value not in groups()[group]:
+                raise unknown(group, value, groups()[group])
+            choices[group] = str(value)
+    return update(_compose(name, tuple(sorted(choices.items()))), overrides)
+
+
+@cache
+def _compose(name: str, choices: tuple[tuple[str, str], ...]) -> DictConfig:
+    in_defaults = {
+        key
+        for entry in OmegaConf.load(CONF / f"{name}.yaml").defaults
+        if isinstance(entry, DictConfig)
+        for key in entry
+    }
+    extra = [f"{'' if group in in_defaults else '+'}{group}={choice}" for group, choice in choices]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose(name, extra)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(f"conf/{name}.yaml does not compose: {error}") from None
+    OmegaConf.set_struct(config, False)
+    return config
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Dictionaries, lists and scalars, interpolations resolved.
+
+    Raises:
+        InputError: an interpolation that leads nowhere.
+    """
+    try:
+        out = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(str(error)) from None
+    assert isinstance(out, dict)
+    return {str(key): value for key, value in out.items()}

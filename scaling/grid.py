@@ -1,0 +1,246 @@
+"""A grid's YAML and a configuration to RunSpecs. Pure: reads no corpus, starts nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+
+from scaling import compose
+from scaling.accounting import count_params, flops_per_token
+from scaling.config import from_dict
+from scaling.errors import InputError, unknown
+from scaling.recipe import Recipe, recipe_from_dict
+from scaling.shape import ShapeFamily
+from scaling.spec import DataSpec, EvalSpec, OptimSpec, RunSpec, ScheduleSpec
+
+BUDGETS = ("tokens", "flops", "tokens_per_param")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A sweep's runs: the product of `axes`, times each of `points`, on top of `overrides` and the command line.
+
+    A setting named on the command line wins over the grid's own, everywhere in it.
+    """
+
+    name: str
+    description: str = ""
+    overrides: list[str] = field(default_factory=list)
+    """Settings of every run."""
+    axes: dict[str, str | int | float] = field(default_factory=dict)
+    """Setting → its values, in Hydra's grammar: "a,b,c" or "range(0,5)"."""
+    points: list[list[str]] = field(default_factory=list)
+    """Lists of settings; a value that is a list makes the point a product."""
+    compute_scale: float = 1.0
+    """Every run's FLOPs times this: width times its fourth root, tokens times its square root."""
+    seed_offset: int = 0
+    """Added to every run's seed: another draw of the whole grid."""
+    target_flops: float | None = None
+    """Compute of the run that this grid is meant to forecast."""
+
+    def __post_init__(self) -> None:
+        if not self.compute_scale > 0:
+            raise InputError(f"grid.compute_scale = {self.compute_scale}: must be positive")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One point of a grid, read strictly: what `make_run` takes."""
+
+    family: ShapeFamily
+    width: int
+    recipe: Recipe
+    data: DataSpec
+    optim: OptimSpec
+    schedule: ScheduleSpec
+    eval: EvalSpec
+    precision: Literal["fp32", "bf16"]
+    seed: int
+    divergence_factor: float
+    tokens: float | None = None
+    flops: float | None = None
+    tokens_per_param: float | None = None
+
+    def scaled(self, scale: float) -> RunSettings:
+        """The same point at `scale` times the compute: N and D each by its square root."""
+        if scale == 1:
+            return self
+        step = self.family.width_multiple
+        return dataclasses.replace(
+            self,
+            width=max(1, round(self.width * scale**0.25 / step)) * step,
+            tokens=self.tokens and self.tokens * scale**0.5,
+            flops=self.flops and self.flops * scale,
+        )
+
+    def run(self) -> RunSpec:
+        """The RunSpec of this point."""
+        return make_run(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+
+def make_run(
+    family: ShapeFamily,
+    width: int,
+    *,
+    tokens: float | None = None,
+    flops: float | None = None,
+    tokens_per_param: float | None = None,
+    recipe: Recipe,
+    data: DataSpec,
+    optim: OptimSpec,
+    schedule: ScheduleSpec,
+    eval: EvalSpec,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    divergence_factor: float = 2.0,
+) -> RunSpec:
+    """The run of this width and budget, with the recipe's hyperparameters.
+
+    Args:
+        family: gives the shape of `width`.
+        tokens: D. Exactly one of tokens, flops (exact, forward and backward) and tokens_per_param (of body and head).
+        recipe: sets peak_lr, batch_tokens, warmup_tokens, weight_decay and beta2.
+        optim: its other fields; those that the recipe sets are replaced.
+        schedule: its other fields; warmup_tokens is replaced.
+    Returns:
+        A spec whose tokens are the budget's, rounded to whole batches.
+    Raises:
+        InputError: not exactly one budget, a budget below one batch, or a shape that cannot be.
+    """
+    shape = family.shape(width)
+    params, per_token = count_params(shape), flops_per_token(shape).train
+    budget = one_budget({"tokens": tokens, "flops": flops, "tokens_per_param": tokens_per_param})
+    wanted = {
+        "tokens": lambda v: v,
+        "flops": lambda v: v / per_token,
+        "tokens_per_param": lambda v: v * params.body_head,
+    }[budget[0]](budget[1])
+    hyper = recipe.hyperparameters(params, wanted, wanted * per_token, shape)
+    steps = round(wanted / hyper.batch_tokens)
+    if steps < 1:
+        raise InputError(
+            f"{budget[0]}={budget[1]:g} at width {width} is {wanted:.0f} tokens, less than one batch of "
+            f"{hyper.batch_tokens}: raise the budget or lower the batch"
+        )
+    optim = dataclasses.replace(optim, peak_lr=hyper.peak_lr, weight_decay=hyper.weight_decay, beta2=hyper.beta2)
+    return RunSpec(
+        shape=shape,
+        data=data,
+        tokens=steps * hyper.batch_tokens,
+        batch_tokens=hyper.batch_tokens,
+        optim=optim,
+        schedule=dataclasses.replace(schedule, warmup_tokens=hyper.warmup_tokens),
+        eval=eval,
+        seed=seed,
+        precision=precision,
+        divergence_factor=divergence_factor,
+    )
+
+
+def one_budget(given: Mapping[str, float | None]) -> tuple[str, float]:
+    """The one of tokens, flops and tokens_per_param that is set, with its value."""
+    found = [(name, value) for name, value in given.items() if value is not None]
+    if not found:
+        raise InputError(f"no budget: give exactly one of {', '.join(BUDGETS)} (or a grid that does, +grid=NAME)")
+    if len(found) > 1:
+        both = " and ".join(f"{name}={value:g}" for name, value in found)
+        raise InputError(f"{both} are both given: give exactly one, and unset the other with {found[0][0]}=null")
+    if not found[0][1] > 0:
+        raise InputError(f"{found[0][0]}={found[0][1]:g}: must be positive")
+    return found[0]
+
+
+def run_settings(config: Mapping[str, Any]) -> RunSettings:
+    """Read a composed configuration strictly. Values given for the optimizer, the schedule or the batch win over the recipe."""
+    model, optim, schedule, recipe = (dict(config[name]) for name in ("model", "optim", "schedule", "recipe"))
+    given = {
+        "peak_lr": optim.pop("peak_lr"),
+        "weight_decay": optim.pop("weight_decay"),
+        "beta2": optim.pop("beta2"),
+        "warmup_tokens": schedule.pop("warmup_tokens"),
+        "batch_tokens": config["batch_tokens"],
+    }
+    recipe.update({name: value for name, value in given.items() if value is not None})
+    point = {name: config[name] for name in (*BUDGETS, "eval", "data", "seed", "divergence_factor")}
+    return from_dict(
+        RunSettings,
+        {
+            **point,
+            "family": from_dict(ShapeFamily, {k: v for k, v in model.items() if k != "width"}, "model"),
+            "width": model["width"],
+            "recipe": recipe_from_dict(recipe),
+            # the learning rate and the warm-up of a template: make_run puts the recipe's in their place
+            "optim": from_dict(OptimSpec, {**optim, "peak_lr": 1.0}, "optim"),
+            "schedule": from_dict(ScheduleSpec, {**schedule, "warmup_tokens": 0}, "schedule"),
+            "precision": config["precision"]["name"],
+        },
+    )
+
+
+@dataclass(frozen=True)
+class GridRuns:
+    """An expanded grid."""
+
+    grid: Grid
+    config: DictConfig
+    """The configuration without the grid's axes and points."""
+    base: RunSettings
+    """The same, read: its family and recipe are the sweep's."""
+    specs: list[RunSpec]
+    """The runs, each once, in the grid's order; their data not prepared yet."""
+    notes: list[str]
+    """Warnings of the recipe, each once."""
+
+
+def read_grid(name: str) -> Grid:
+    """The grid `conf/grid/NAME.yaml`.
+
+    Raises:
+        InputError: no such grid.
+    """
+    return _grid(compose.load("sweep", [f"grid={name}"]))
+
+
+def _grid(config: DictConfig) -> Grid:
+    if "grid" not in config:
+        return Grid(name="custom", description="the command line's own")
+    return from_dict(Grid, compose.plain(config)["grid"], "grid")
+
+
+def expand_grid(overrides: Sequence[str]) -> GridRuns:
+    """The runs of a command line: `+grid=NAME` and settings; a setting with several values (a,b,c) is an axis.
+
+    Raises:
+        InputError: unknown grid, group or setting; a value that does not fit; a shape or budget that cannot be.
+    """
+    overrides = [text.removeprefix("+").removeprefix("+") for text in overrides]
+    named = {compose.parse_override(text).key_or_group for text in overrides}
+    own_axes = [text for text in overrides if compose.parse_override(text).is_sweep_override()]
+    command = [text for text in overrides if text not in own_axes]
+    grid = _grid(compose.load("sweep", command))
+    base = [*grid.overrides, *command]
+
+    axes = [f"{key}={values}" for key, values in grid.axes.items() if key not in named] + own_axes
+    specs: dict[str, RunSpec] = {}
+    notes: dict[str, None] = {}
+    for product in compose.expand(axes):
+        for listed in grid.points or [[]]:
+            point = [text for text in listed if compose.parse_override(text).key_or_group not in named]
+            for chosen in compose.expand(point):
+                settings = run_settings(_load([*base, *product, *chosen])).scaled(grid.compute_scale)
+                settings = dataclasses.replace(settings, seed=settings.seed + grid.seed_offset)
+                spec = settings.run()
+                specs.setdefault(spec.run_id, spec)
+                hyper = settings.recipe.hyperparameters(spec.params, spec.tokens, spec.flops, spec.shape)
+                if hyper.note:
+                    notes[hyper.note] = None
+    config = compose.load("sweep", base)
+    return GridRuns(grid, config, run_settings(compose.plain(config)), list(specs.values()), list(notes))
+
+
+def _load(overrides: list[str]) -> dict[str, Any]:
+    return compose.plain(compose.load("sweep", overrides))
