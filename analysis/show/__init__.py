@@ -1,0 +1,1 @@
+"""Plots, the HTML report, and how numbers are written in them."""

@@ -1,0 +1,51 @@
+"""How numbers are written: 1.2M parameters, 3.0e12 FLOPs, 2.361 nats, +0.4%."""
+
+from __future__ import annotations
+
+import math
+
+PREFIXES = ("", "k", "M", "B", "T", "P", "E")
+"""As the field writes counts: B for 1e9."""
+
+
+def si(value: float, digits: int = 3) -> str:
+    """A count with `digits` significant digits and a letter for its thousands: 45.3M."""
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    value = float(f"{value:.{digits - 1}e}")  # round first: 999,999 is 1M
+    power = min(max(math.floor(math.log10(abs(value)) / 3 + 1e-9), 0), len(PREFIXES) - 1)
+    scaled = value / 1000**power
+    whole_digits = len(str(int(abs(scaled)))) if abs(scaled) >= 1 else 1
+    text = f"{scaled:.{max(digits - whole_digits, 0)}f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return text + PREFIXES[power]
+
+
+def flops(value: float) -> str:
+    """FLOPs: 3.02e12."""
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def percent(ratio: float, digits: int = 2) -> str:
+    """A signed relative difference: +0.43%."""
+    return f"{100 * ratio:+.{digits}f}%"
+
+
+def interval(pair: tuple[float, float] | list[float], digits: int = 3) -> str:
+    """An interval: 2.310 – 2.395."""
+    return f"{pair[0]:.{digits}f} – {pair[1]:.{digits}f}"
+
+
+def number(value: object) -> str:
+    """A table's cell: integers grouped, floats to five digits, None as a dash, the rest as it is."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.5g}" if math.isfinite(value) else "–"
+    return str(value)
