@@ -1,0 +1,1 @@
+"""Corpus → clean documents → tokens → shards → batches. Only `train.data.loader` imports torch."""

@@ -1,0 +1,248 @@
+"""Where text comes from: files of this machine or the user's, read as documents, and split by content.
+
+A document is UTF-8 bytes with "\\n" line ends and no byte-order mark. Nothing here depends on paths, times or the
+order of files: documents are known by the sha256 of their bytes.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import scaling
+from scaling.config import from_dict
+from scaling.errors import InputError
+from scaling.spec import DataSpec
+
+SUFFIXES = {".py", ".txt", ".md", ".rst"}
+"""Files of data=stdlib and data=site. Type stubs (.pyi) repeat the sources beside them."""
+INSTALLED_BYTES = (128, 512 * 1024)
+"""Sizes of the installed files that are read: smaller ones say nothing, larger ones are mostly generated."""
+INVALID_SHARE = 0.1
+"""A user's file with a larger share of bytes that are not UTF-8 is in another encoding: refused."""
+SPLIT_BYTES = 32 * 1024
+"""data=text: a larger file is one corpus in a file, cut into documents at blank lines."""
+PIECE_BYTES = 8 * 1024
+"""Such a document ends at the first blank line after this, and at twice this at a line end at the latest."""
+SMALL_CORPUS_BYTES = 40_000_000
+"""Below this, 5% of the documents are held out; from this on, 2.5%."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a corpus: what `data` and `data.path` name on this machine."""
+
+    spec: DataSpec
+    files: tuple[Path, ...]
+
+    @classmethod
+    def find(cls, name: str, path: str | None) -> Source:
+        """List the files.
+
+        Args:
+            name: stdlib | site | text | jsonl.
+            path: glob of the files (** for any depth), for text and jsonl alone.
+        Raises:
+            InputError: unknown name, path missing or not wanted, no such file.
+        """
+        spec = from_dict(DataSpec, {"name": name, "path": path}, "data")
+        if spec.path is None:
+            return cls(spec, tuple(sorted(_installed_files(with_packages=name == "site"))))
+        if name in ("stdlib", "site"):
+            raise InputError(f"data={name} takes no path (got {path!r}): use data=text or data=jsonl for own files")
+        files = sorted(Path(f).resolve() for f in glob.glob(os.path.expanduser(spec.path), recursive=True))
+        files = [f for f in files if not f.is_dir()]
+        if not files:
+            raise InputError(f"data.path={path!r} matches no file (from {Path.cwd()}): give a path or a quoted glob")
+        return cls(spec, tuple(files))
+
+    def read(self, progress: Callable[[Iterable[Path]], Iterable[Path]] = iter) -> tuple[list[bytes], int]:
+        """Read all documents, in no particular order, blank ones left out.
+
+        Args:
+            progress: wraps the iteration over the files.
+        Returns:
+            The documents and the number of bytes that were not UTF-8 and became U+FFFD.
+        Raises:
+            InputError: a user's file is unreadable or not UTF-8; a jsonl line is not an object with "text".
+        """
+        documents: list[bytes] = []
+        replaced = 0
+        for file in progress(self.files):
+            if self.spec.path is None:
+                texts: Iterable[bytes] = _read_installed(file)
+            elif self.spec.name == "text":
+                text, invalid = _read_text(file)
+                texts, replaced = cut(text), replaced + invalid
+            else:
+                texts, invalid = _read_jsonl(file)
+                replaced += invalid
+            documents.extend(text for text in texts if not text.isspace() and text)
+        return documents, replaced
+
+
+def content_key(document: bytes) -> bytes:
+    """sha256 of a document: its identity, its place in the order, and its side of the split."""
+    return hashlib.sha256(document).digest()
+
+
+def split(documents: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Training and validation documents, each ordered by content key, which is a shuffle that no machine changes.
+
+    A document is held out when its key, read as a fraction of 1, is below 2.5% (5% in a corpus under 40 MB); the one
+    with the lowest key always is. So a document stays on its side when others come or go.
+
+    Raises:
+        InputError: fewer than two documents.
+    """
+    ordered = sorted(documents, key=content_key)
+    if len(ordered) < 2:
+        raise InputError(
+            f"the corpus has {len(ordered)} document(s) after cleaning; training and validation need at least two: "
+            f"give more files, or one of more than {SPLIT_BYTES // 1024} KiB"
+        )
+    share = 0.05 if sum(map(len, ordered)) < SMALL_CORPUS_BYTES else 0.025
+    held_out = sum(int.from_bytes(content_key(d)[:8]) < share * 2**64 for d in ordered)
+    held_out = min(max(held_out, 1), len(ordered) - 1)
+    return ordered[held_out:], ordered[:held_out]
+
+
+def cut(text: bytes) -> Iterator[bytes]:
+    """A text of more than SPLIT_BYTES as documents of PIECE_BYTES to twice that (a longer line stays whole)."""
+    if len(text) <= SPLIT_BYTES:
+        yield text
+        return
+    piece: list[bytes] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= 2 * PIECE_BYTES or (size >= PIECE_BYTES and line.isspace()):
+            yield b"".join(piece)
+            piece, size = [], 0
+    yield b"".join(piece)
+
+
+def decode(raw: bytes) -> tuple[bytes, int]:
+    """UTF-8 with "\\n" line ends and without a byte-order mark, and the number of bytes that were replaced."""
+    try:
+        raw.decode()
+        invalid = 0
+    except UnicodeDecodeError:
+        invalid = len(raw) - len(raw.decode(errors="ignore").encode())
+        raw = raw.decode(errors="replace").encode()
+    return raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n"), invalid
+
+
+def _installed_files(with_packages: bool) -> Iterator[Path]:
+    """Sources and texts of the standard library and, if wanted, of the installed packages; not this project's."""
+    paths = sysconfig.get_paths()
+    roots = {paths["stdlib"]} | ({paths["purelib"], paths["platlib"]} if with_packages else set())
+    own_root = Path(scaling.__file__).resolve().parents[1]
+    own = {str(own_root / package) for package in ("scaling", "analysis", "train")}
+    for root in roots:
+        for folder, folders, names in os.walk(root):
+            folders[:] = [
+                f
+                for f in folders
+                # installed packages are roots of their own; the others hold paths and times of this machine
+                if f not in ("site-packages", "dist-packages", "__pycache__")
+                and not f.endswith((".dist-info", ".egg-info"))
+                and not f.startswith("config-")
+                and os.path.join(folder, f) not in own
+            ]
+            for name in names:
+                if os.path.splitext(name)[1] in SUFFIXES and not name.startswith(("_sysconfigdata", "__editable__")):
+                    yield Path(folder, name)
+
+
+def _read_installed(file: Path) -> Iterator[bytes]:
+    """The file when it is clean text of a sensible size, else nothing."""
+    try:
+        raw = file.read_bytes()
+    except OSError:
+        return
+    if INSTALLED_BYTES[0] <= len(raw) <= INSTALLED_BYTES[1] and b"\0" not in raw:
+        text, invalid = decode(raw)
+        if not invalid and not is_table(text):
+            yield text
+
+
+def is_table(text: bytes) -> bool:
+    """Whether a text is data rather than language: a quarter digits, or a word of over 1000 characters (base64)."""
+    digits = len(text) - len(text.translate(None, b"0123456789"))
+    return digits > len(text) / 4 or re.search(rb"\S{1001}", text) is not None
+
+
+def _refuse_encoding(file: Path, size: int, invalid: int, nulls: int) -> None:
+    if nulls or invalid > INVALID_SHARE * size:
+        what = f"{nulls} NUL bytes" if nulls else f"{invalid} of {size} bytes are not UTF-8"
+        raise InputError(f"{file} is not UTF-8 text ({what}): convert it, e.g. with iconv -t UTF-8, or leave it out")
+
+
+def _read_text(file: Path) -> tuple[bytes, int]:
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}") from None
+    text, invalid = decode(raw)
+    _refuse_encoding(file, len(raw), invalid, raw.count(b"\0"))
+    return text, invalid
+
+
+def _read_jsonl(file: Path) -> tuple[list[bytes], int]:
+    texts = []
+    size = replaced = 0
+    try:
+        with _open_jsonl(file) as lines:
+            for number, raw in enumerate(lines, 1):
+                line, invalid = decode(raw)
+                size, replaced = size + len(raw), replaced + invalid
+                _refuse_encoding(file, size, 0, raw.count(b"\0"))
+                if not line.isspace():
+                    text, invalid = _text_field(line, f"{file} line {number}")
+                    texts.append(text)
+                    replaced += invalid
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+    _refuse_encoding(file, size, replaced, 0)
+    return texts, replaced
+
+
+def _open_jsonl(file: Path) -> IO[bytes] | gzip.GzipFile:
+    if file.suffix == ".gz":
+        return gzip.open(file)
+    if file.suffix in (".zst", ".zstd"):
+        try:
+            import zstandard
+        except ImportError:
+            raise InputError(f"{file} needs the zstandard package: pip install 'isoflop[data]'") from None
+        try:
+            return io.BytesIO(zstandard.open(file, "rb").read())
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from None
+    return open(file, "rb")
+
+
+def _text_field(line: bytes, where: str) -> tuple[bytes, int]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        has = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
+        raise InputError(f'{where} is not an object with a string "text" (it has {has or "nothing"})')
+    # JSON can spell half of a surrogate pair, which UTF-8 cannot
+    return decode(text.encode(errors="surrogatepass"))
