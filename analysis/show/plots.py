@@ -1,28 +1,30 @@
-"""The figures of a report: data in, matplotlib Figure out; no pyplot, no global state.
-
-One style for all: a 6-inch canvas with 12-point type (legible when a phone shows it 370 pixels wide), every axis
-labelled with its unit, model size on viridis, and the colours of Okabe & Ito (2008), which differ for every kind of
-colour vision, for everything else. A Theme says whether the page behind is light or dark.
-"""
+"""The figures of a report: data in, matplotlib Figure out; no pyplot, no global state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, ListedColormap, LogNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from numpy.typing import NDArray
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis.show.numbers import si
-from scaling.files import write_atomic
+from analysis.show.style import (
+    LIGHT,
+    PARAMS_LABEL,
+    Floats,
+    Theme,
+    canvas,
+    flops_axis,
+    legend,
+    loss_log_axis,
+    si_log_axis,
+    size_bar,
+    size_scale,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,115 +34,8 @@ if TYPE_CHECKING:
     from analysis.runs import Runs
     from scaling.records import Forecast
 
-Floats = NDArray[np.float64]
-
-PARAMS_LABEL = {"total": "", "non_embedding": ", without embeddings", "body_head": ", body and head"}
 BUDGET_TOLERANCE = 0.12
 """Runs whose log10 FLOPs lie this close to their neighbour's share an IsoFLOP budget."""
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours that depend on the page behind the figure."""
-
-    background: str
-    ink: str
-    """Text, axes and the fitted lines."""
-    faint: str
-    """Grid lines."""
-    band: str
-    """Forecast intervals and the forecast itself."""
-    actual: str
-    """What came."""
-    scale: tuple[float, float]
-    """The part of viridis that stands out from the background."""
-
-    @property
-    def colours(self) -> Colormap:
-        """Viridis, cut to `scale`."""
-        return ListedColormap(colormaps["viridis"](np.linspace(*self.scale, 256)))
-
-
-LIGHT = Theme(
-    background="#ffffff", ink="#1c2430", faint="#e3e7ec", band="#0072b2", actual="#d55e00", scale=(0.0, 0.92)
-)
-DARK = Theme(background="#171c24", ink="#e4e8ee", faint="#2c3542", band="#56b4e9", actual="#ff8a3d", scale=(0.3, 1.0))
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG, atomically; returns `path`."""
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=200))
-    return path
-
-
-def _canvas(theme: Theme, x: str, y: str) -> tuple[Figure, Axes]:
-    """An empty figure with labelled, styled axes."""
-    figure = Figure(figsize=(6.0, 4.6), facecolor=theme.background, layout="constrained")
-    FigureCanvasAgg(figure)
-    ax = figure.add_subplot(facecolor=theme.background)
-    ax.set_xlabel(x, fontsize=12, color=theme.ink)
-    ax.set_ylabel(y, fontsize=12, color=theme.ink)
-    ax.tick_params(which="both", labelsize=11, color=theme.ink, labelcolor=theme.ink)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(theme.ink)
-    ax.grid(color=theme.faint, linewidth=0.8)
-    ax.set_axisbelow(True)
-    return figure, ax
-
-
-def _legend(ax: Axes, theme: Theme, **options: Any) -> None:
-    ax.legend(
-        fontsize=10,
-        labelcolor=theme.ink,
-        facecolor=theme.background,
-        edgecolor=theme.faint,
-        framealpha=0.85,
-        **options,
-    )
-
-
-def _si_log_axis(ax: Axes, axis: str) -> None:
-    """A logarithmic axis of counts: 100k, 1M, 10M."""
-    getattr(ax, f"set_{axis}scale")("log")
-    low, high = getattr(ax, f"get_{axis}lim")()
-    this = getattr(ax, f"{axis}axis")
-    decades = np.log10(high / low)
-    this.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)))
-    this.set_major_formatter(FuncFormatter(lambda value, _: si(value, 1)))
-    this.set_minor_formatter(NullFormatter())
-
-
-def _flops_axis(ax: Axes) -> None:
-    """A logarithmic x axis of FLOPs, labelled at powers of ten."""
-    ax.set_xscale("log")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _loss_log_axis(ax: Axes) -> None:
-    """A logarithmic y axis of losses with round labels: power laws are straight, numbers are readable."""
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_locator(NullLocator())
-
-
-def _size_scale(n_params: Floats, theme: Theme) -> ScalarMappable:
-    low, high = float(n_params.min()), float(n_params.max())
-    norm = LogNorm(low, high if high > low else 1.01 * low)
-    return ScalarMappable(norm, theme.colours)
-
-
-def _size_bar(figure: Figure, ax: Axes, sizes: ScalarMappable, params: str, theme: Theme) -> None:
-    bar = figure.colorbar(sizes, ax=ax, pad=0.02, aspect=28)
-    bar.set_label(f"N, parameters{PARAMS_LABEL.get(params, '')}", fontsize=11, color=theme.ink)
-    low, high = sizes.get_clim()
-    assert low is not None
-    assert high is not None
-    bar.set_ticks(list(np.geomspace(low, high, 4)))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value, 2)))
-    bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=10, color=theme.ink, labelcolor=theme.ink)
-    bar.outline.set_visible(False)  # type: ignore[operator]
 
 
 def _column(table: pd.DataFrame, name: str) -> Floats:
@@ -170,7 +65,7 @@ def frontier(fit: FitResult, table: pd.DataFrame, budgets_flops: Floats) -> tupl
     """
     n, d = _column(table, "n_params"), _column(table, "n_tokens")
     centre = np.sqrt(budgets_flops / 6)[:, None] * np.exp(np.mean(np.log(n / d)) / 2)
-    sizes = centre * np.geomspace(1 / 300, 300, 1201)
+    sizes = centre * np.geomspace(1 / 300, 300, 6001)
     tokens = budgets_flops[:, None] / (sizes * flops_per_param_token(table, sizes))
     best = np.argmin(fit.predict(sizes, tokens), axis=1)[:, None]
     return np.take_along_axis(sizes, best, 1)[:, 0], np.take_along_axis(tokens, best, 1)[:, 0]
@@ -187,9 +82,9 @@ def loss_against_compute(
     table = runs.table
     c, loss, n = (_column(table, name) for name in ("flops", "loss", "n_params"))
     target = forecast.spec.flops if forecast else 10 * float(c.max())
-    figure, ax = _canvas(theme, "C, training compute (FLOPs)", "held-out loss (nats per token)")
-    sizes = _size_scale(n, theme)
-    ax.scatter(c, loss, c=sizes.to_rgba(n), s=34, edgecolors=theme.background, linewidths=0.6, zorder=3)  # type: ignore[arg-type]
+    figure, ax = canvas(theme, "C, training compute (FLOPs)", "held-out loss (nats per token)")
+    sizes = size_scale(n, theme)
+    ax.scatter(c, loss, c=sizes.to_rgba(n), s=34, edgecolors=theme.background, linewidths=0.6, zorder=3)
 
     budgets = np.geomspace(c.min(), max(target, c.max()), 80)
     n_star, d_star = frontier(fit, table, budgets)
@@ -203,10 +98,10 @@ def loss_against_compute(
         _mark_forecast(ax, theme, target, forecast)
     if actual is not None:
         ax.plot(target, actual, "*", color=theme.actual, markersize=13, label="actual", zorder=6)
-    _flops_axis(ax)
-    _loss_log_axis(ax)
-    _size_bar(figure, ax, sizes, runs.convention.get("params", ""), theme)
-    _legend(ax, theme, loc="lower left")
+    flops_axis(ax)
+    loss_log_axis(ax)
+    size_bar(figure, ax, sizes, runs.convention.get("params", ""), theme)
+    legend(ax, theme, loc="lower left")
     return figure
 
 
@@ -246,7 +141,7 @@ def isoflop_curves(fit: FitResult, runs: Runs, theme: Theme = LIGHT) -> Figure:
     groups = isoflop_groups(table)
     n_all, c_all = _column(table, "n_params"), _column(table, "flops")
     budgets = np.array([b for b, _ in groups]) if groups else np.geomspace(c_all.min(), c_all.max(), 5)
-    figure, ax = _canvas(
+    figure, ax = canvas(
         theme,
         f"N, parameters{PARAMS_LABEL.get(runs.convention.get('params', ''), '')}",
         "held-out loss (nats per token)",
@@ -276,12 +171,12 @@ def isoflop_curves(fit: FitResult, runs: Runs, theme: Theme = LIGHT) -> Figure:
         label="minimum",
         zorder=4,
     )
-    _si_log_axis(ax, "x")
-    _loss_log_axis(ax)
-    _legend(ax, theme, title="C (FLOPs)", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    legend = ax.get_legend()
-    assert legend is not None
-    legend.get_title().set(color=theme.ink, fontsize=10)
+    si_log_axis(ax, "x")
+    loss_log_axis(ax)
+    legend(ax, theme, title="C (FLOPs)", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    box = ax.get_legend()
+    assert box is not None
+    box.get_title().set(color=theme.ink, fontsize=10)
     return figure
 
 
@@ -295,12 +190,10 @@ def surface(fit: FitResult, runs: Runs, forecast: Forecast | None = None, theme:
     grid_n, grid_d = np.meshgrid(n_axis, d_axis)
     loss = fit.predict(grid_n, grid_d)
     params = PARAMS_LABEL.get(runs.convention.get("params", ""), "")
-    figure, ax = _canvas(theme, f"N, parameters{params}", "D, training tokens")
+    figure, ax = canvas(theme, f"N, parameters{params}", "D, training tokens")
     ax.grid(visible=False)
     levels = np.geomspace(loss.min() * 1.01, loss.max() * 0.99, 9)
-    ax.pcolormesh(
-        grid_n, grid_d, loss, cmap="viridis_r", norm=LogNorm(), alpha=0.4, shading="gouraud", rasterized=True
-    )
+    ax.pcolormesh(grid_n, grid_d, loss, cmap=theme.shades, norm=LogNorm(), shading="gouraud")
     lines = ax.contour(grid_n, grid_d, loss, levels=levels, colors=theme.ink, linewidths=0.8, alpha=0.8)
     budgets = np.geomspace(c.min() / 10, 10 * c.max() * (forecast.extrapolation_ratio if forecast else 1), 60)
     n_star, d_star = frontier(fit, table, budgets)
@@ -319,15 +212,14 @@ def surface(fit: FitResult, runs: Runs, forecast: Forecast | None = None, theme:
         )
     ax.set_xlim(n_axis[0], n_axis[-1])
     ax.set_ylim(d_axis[0], d_axis[-1])
-    _si_log_axis(ax, "x")
-    _si_log_axis(ax, "y")
-    # labels stand where the contours cross a path right of and below the compute-optimal line, clear of the edges
-    path_n = np.exp(np.interp(np.linspace(0.3, 0.93, 200), (0, 1), np.log(n_axis[[0, -1]])))
-    path_d = np.exp(np.interp(np.linspace(0.07, 0.75, 200), (0, 1), np.log(d_axis[[0, -1]])))
-    path_loss = fit.predict(path_n, path_d)
-    crossed = [level for level in levels if path_loss.min() < level < path_loss.max()]
-    at = [int(np.abs(path_loss - level).argmin()) for level in crossed]
-    ax.clabel(lines, crossed, fmt="%.2f", fontsize=9, colors=theme.ink, manual=[(path_n[i], path_d[i]) for i in at])
+    si_log_axis(ax, "x")
+    si_log_axis(ax, "y")
+    log_points = np.log([*zip(n, d, strict=True), (corner_n, corner_d), *zip(n_star, d_star, strict=True)])
+    places = _label_places(np.log(n_axis), np.log(d_axis), loss, levels, log_points)
+    for label in ax.clabel(
+        lines, list(places), fmt="%.2f", fontsize=9, colors=theme.ink, manual=list(places.values()), zorder=5
+    ):
+        label.set_path_effects([withStroke(linewidth=2.5, foreground=theme.background, alpha=0.8)])
     figure.legend(
         loc="outside upper center",
         ncols=3,
@@ -339,13 +231,39 @@ def surface(fit: FitResult, runs: Runs, forecast: Forecast | None = None, theme:
     return figure
 
 
+def _label_places(
+    x: Floats, y: Floats, loss: Floats, levels: Floats, points: Floats
+) -> dict[float, tuple[float, float]]:
+    """For each level, the place on its contour that is furthest from the points and clear of the edges.
+
+    Args:
+        x, y: log N of shape (X,) and log D of shape (Y,), the grid of `loss`, shape (Y, X).
+        points: log N and log D of what a label must not cover, shape (P, 2).
+    Returns:
+        (N, D) by level, for the levels that have a place inside.
+    """
+    span = np.array([x[-1] - x[0], y[-1] - y[0]])
+    rows, columns = (slice(round(0.07 * len(v)), round(0.93 * len(v))) for v in (y, x))
+    inner = np.stack(np.meshgrid(x[columns], y[rows]), axis=-1).reshape(-1, 2)
+    clearance = np.min(np.linalg.norm((inner[:, None] - points) / span, axis=-1), axis=1)
+    log_loss = np.log(loss[rows, columns]).ravel()
+    width = np.abs(np.diff(np.log(loss), axis=0)).max()
+    places = {}
+    for level in levels:
+        on_contour = np.abs(log_loss - np.log(level)) < width
+        if on_contour.any():
+            n, d = np.exp(inner[np.argmax(np.where(on_contour, clearance, -1))])
+            places[float(level)] = (float(n), float(d))
+    return places
+
+
 def forecast_curve(forecast: Forecast, metrics: Sequence[Mapping[str, Any]] = (), theme: Theme = LIGHT) -> Figure:
     """The flagship's held-out loss over its tokens inside the band that was forecast, and the interval at its end.
 
     Args:
         metrics: rows of the flagship's metrics.jsonl; those with "val_loss" are drawn. Empty before it ran.
     """
-    figure, ax = _canvas(theme, "D, training tokens", "held-out loss (nats per token)")
+    figure, ax = canvas(theme, "D, training tokens", "held-out loss (nats per token)")
     tokens = [p.tokens for p in forecast.curve]
     for name, alpha in (("interval_90", 0.16), ("interval_50", 0.3)):
         low, high = ([getattr(p, name)[side] for p in forecast.curve] for side in (0, 1))
@@ -363,7 +281,7 @@ def forecast_curve(forecast: Forecast, metrics: Sequence[Mapping[str, Any]] = ()
     ax.margins(x=0.06)
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value, 2)))
-    _legend(ax, theme, loc="upper right")
+    legend(ax, theme, loc="upper right")
     return figure
 
 
@@ -374,18 +292,18 @@ def residuals(
     table = runs.table
     n, d, c, loss = (_column(table, name) for name in ("n_params", "n_tokens", "flops", "loss"))
     error = 100 * (loss / fit.predict(n, d) - 1)
-    figure, ax = _canvas(theme, "C, training compute (FLOPs)", "loss over the fit (%)")
+    figure, ax = canvas(theme, "C, training compute (FLOPs)", "loss over the fit (%)")
     ax.axhline(0, color=theme.ink, linewidth=1.2)
-    sizes = _size_scale(n, theme)
-    ax.scatter(c, error, c=sizes.to_rgba(n), s=34, edgecolors=theme.background, linewidths=0.6, zorder=3)  # type: ignore[arg-type]
+    sizes = size_scale(n, theme)
+    ax.scatter(c, error, c=sizes.to_rgba(n), s=34, edgecolors=theme.background, linewidths=0.6, zorder=3)
     if forecast and actual is not None:
         missed = 100 * (actual / forecast.loss - 1)
         ax.plot(
             forecast.spec.flops, missed, "*", color=theme.actual, markersize=13, label="flagship, over its forecast"
         )
-        _legend(ax, theme, loc="best")
+        legend(ax, theme, loc="best")
     reach = 1.15 * max(float(np.abs(ax.dataLim.intervaly).max()), 0.1)
     ax.set_ylim(-reach, reach)
-    _flops_axis(ax)
-    _size_bar(figure, ax, sizes, runs.convention.get("params", ""), theme)
+    flops_axis(ax)
+    size_bar(figure, ax, sizes, runs.convention.get("params", ""), theme)
     return figure
