@@ -78,7 +78,9 @@ def load_runs(path: Path | str, columns: Mapping[str, str] | None = None, conven
         raise InputError(f"no runs at {path}: give a sweep directory or a .csv, .parquet or .jsonl file")
     frame = _read_file(path)
     params = convention if f"n_params_{convention}" in frame.columns else "as_given"
-    return _tidy(frame, str(path), columns or {}, {"params": params, "flops": "as_given", "loss": "as_given"}, convention)
+    return _tidy(
+        frame, str(path), columns or {}, {"params": params, "flops": "as_given", "loss": "as_given"}, convention
+    )
 
 
 def _load_sweep(path: Path, convention: str, columns: Mapping[str, str] | None) -> Runs:
@@ -105,7 +107,9 @@ def _load_sweep(path: Path, convention: str, columns: Mapping[str, str] | None) 
     counted = {"params": convention, "flops": "exact", "loss": "nats_per_token"}
     runs = _tidy(frame, str(path), {"n_params": "n_params", **(columns or {})}, counted, convention, plan)
     unfinished = len(plan.runs) - len(frame)
-    notes = runs.notes + ((f"{unfinished} of {len(plan.runs)} planned runs are not finished",) if unfinished > 0 else ())
+    notes = runs.notes + (
+        (f"{unfinished} of {len(plan.runs)} planned runs are not finished",) if unfinished > 0 else ()
+    )
     return Runs(runs.table, runs.source, runs.convention, notes, plan)
 
 

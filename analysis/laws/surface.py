@@ -81,7 +81,9 @@ class SurfaceLaw:
         phi = np.exp(-np.tensordot(z, values[..., k:], axes=([-1], [-1])))
         return np.moveaxis(phi, 0, -1), np.moveaxis(z, 0, -2)
 
-    def predict(self, parameters: Mapping[str, float], n: ArrayLike, d: ArrayLike, c: ArrayLike | None = None) -> Floats:
+    def predict(
+        self, parameters: Mapping[str, float], n: ArrayLike, d: ArrayLike, c: ArrayLike | None = None
+    ) -> Floats:
         """Loss at N = n, D = d, C = c (6nd when None); the arrays broadcast. `parameters` by name."""
         value, _ = self.value_and_gradient(parameters, n, d, c)
         return value

@@ -1,0 +1,103 @@
+"""The runs as arrays: what every inference works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.laws.surface import Floats, SurfaceLaw, log_variables
+from analysis.runs import Runs
+from scaling.errors import InputError
+
+
+@dataclass(frozen=True)
+class Points:
+    """n runs."""
+
+    x: Floats
+    """(n, 3): ln N, ln D, ln C."""
+    loss: Floats
+    """(n,)"""
+    cell: np.ndarray
+    """(n,) int: runs that differ only by seed share a cell."""
+    run_ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @property
+    def log_flops(self) -> Floats:
+        """(n,) ln C."""
+        return self.x[:, 2]
+
+    def take(self, rows: np.ndarray) -> Points:
+        """The runs of a boolean mask or an index array."""
+        ids = np.array(self.run_ids, dtype=object)[rows]
+        return Points(self.x[rows], self.loss[rows], self.cell[rows], tuple(ids))
+
+    @property
+    def n_cells(self) -> int:
+        """How many different runs there are, seeds apart."""
+        return len(np.unique(self.cell))
+
+
+def points(runs: Runs) -> Points:
+    """Arrays of a table of runs. A cell is one (N, D), and one peak_lr and batch where the table has them."""
+    t = runs.table
+    x = log_variables(t["n_params"].to_numpy(float), t["n_tokens"].to_numpy(float), t["flops"].to_numpy(float))
+    keys = [c for c in ("n_params", "n_tokens", "peak_lr", "batch_tokens") if c in t]
+    cell = t.groupby(keys, dropna=False).ngroup().to_numpy()
+    return Points(x, t["loss"].to_numpy(float), cell, tuple(t["run_id"]))
+
+
+def frontier_rows(data: Points, tolerance: float = 0.05) -> np.ndarray:
+    """Mask of the runs on the lower envelope: no run of at most (1 + tolerance) times their compute has a lower loss.
+
+    Seeds of one cell stand together: a cell is on the envelope by its mean loss.
+    """
+    _, cell = np.unique(data.cell, return_inverse=True)
+    count = np.bincount(cell)
+    mean_loss = np.bincount(cell, data.loss) / count
+    flops = np.bincount(cell, data.log_flops) / count
+    order = np.argsort(flops, kind="stable")
+    lowest = np.minimum.accumulate(mean_loss[order])
+    reach = np.searchsorted(flops[order], flops + np.log1p(tolerance), side="right") - 1
+    mask: np.ndarray = (mean_loss <= lowest[reach])[cell]
+    return mask
+
+
+def compute_levels(data: Points, gap: float = 0.2) -> np.ndarray:
+    """(n,) int: index of each run's compute level, from 0; levels are clusters of ln C separated by more than `gap`."""
+    order = np.argsort(data.log_flops, kind="stable")
+    level = np.concatenate([[0], np.cumsum(np.diff(data.log_flops[order]) > gap)])
+    out = np.empty(len(data), int)
+    out[order] = level
+    return out
+
+
+def seed_noise(data: Points) -> float | None:
+    """Standard deviation of ln loss between seeds of one cell, pooled over cells; None without replicates."""
+    _, cell = np.unique(data.cell, return_inverse=True)
+    count = np.bincount(cell)
+    log_loss = np.log(data.loss)
+    mean = np.bincount(cell, log_loss) / count
+    freedom = int((count - 1).sum())
+    if freedom < 1:
+        return None
+    return float(np.sqrt(np.sum((log_loss - mean[cell]) ** 2) / freedom))
+
+
+def check_enough(data: Points, law: SurfaceLaw) -> None:
+    """Refuse fewer different runs than the law has parameters.
+
+    Raises:
+        InputError: says how many there are and how many are needed.
+    """
+    need = len(law.free)
+    if data.n_cells < need:
+        kind = "compute-optimal runs" if law.on_frontier else "different (N, D)"
+        raise InputError(
+            f"{data.n_cells} {kind} are too few for the law {law.name!r}, which has {need} parameters "
+            f"({', '.join(law.free)}): add runs, or use a smaller law"
+        )
