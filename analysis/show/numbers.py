@@ -39,13 +39,13 @@ def interval(pair: tuple[float, float] | list[float], digits: int = 3) -> str:
 
 
 def number(value: object) -> str:
-    """A table's cell: integers grouped, floats to five digits, None as a dash, the rest as it is."""
-    if value is None:
+    """A table's cell: counts grouped or as 1.5e12, floats to five digits, None and NaN as a dash, the rest as it is."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
+    if isinstance(value, int) and abs(value) < 1e10:
         return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.5g}" if math.isfinite(value) else "–"
+    if isinstance(value, (int, float)):
+        return f"{value:.5g}".replace("e+", "e")
     return str(value)

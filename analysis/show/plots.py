@@ -14,13 +14,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from analysis.show.numbers import si
 from analysis.show.style import (
     LIGHT,
-    PARAMS_LABEL,
     Floats,
     Theme,
     canvas,
     flops_axis,
     legend,
+    loss_label,
     loss_log_axis,
+    params_label,
     si_log_axis,
     size_bar,
     size_scale,
@@ -82,7 +83,7 @@ def loss_against_compute(
     table = runs.table
     c, loss, n = (_column(table, name) for name in ("flops", "loss", "n_params"))
     target = forecast.spec.flops if forecast else 10 * float(c.max())
-    figure, ax = canvas(theme, "C, training compute (FLOPs)", "held-out loss (nats per token)")
+    figure, ax = canvas(theme, "C, training compute (FLOPs)", loss_label(runs.convention))
     sizes = size_scale(n, theme)
     ax.scatter(c, loss, c=sizes.to_rgba(n), s=34, edgecolors=theme.background, linewidths=0.6, zorder=3)
 
@@ -100,7 +101,7 @@ def loss_against_compute(
         ax.plot(target, actual, "*", color=theme.actual, markersize=13, label="actual", zorder=6)
     flops_axis(ax)
     loss_log_axis(ax)
-    size_bar(figure, ax, sizes, runs.convention.get("params", ""), theme)
+    size_bar(figure, ax, sizes, params_label(runs.convention), theme)
     legend(ax, theme, loc="lower left")
     return figure
 
@@ -143,8 +144,8 @@ def isoflop_curves(fit: FitResult, runs: Runs, theme: Theme = LIGHT) -> Figure:
     budgets = np.array([b for b, _ in groups]) if groups else np.geomspace(c_all.min(), c_all.max(), 5)
     figure, ax = canvas(
         theme,
-        f"N, parameters{PARAMS_LABEL.get(runs.convention.get('params', ''), '')}",
-        "held-out loss (nats per token)",
+        params_label(runs.convention),
+        loss_label(runs.convention),
     )
     colours = theme.colours(np.linspace(0, 1, len(budgets)))
     span = np.geomspace(n_all.min() / 1.4, n_all.max() * 1.4, 160)
@@ -189,8 +190,7 @@ def surface(fit: FitResult, runs: Runs, forecast: Forecast | None = None, theme:
     d_axis = np.geomspace(d.min() / 1.5, max(d.max(), corner_d) * 1.8, 90)
     grid_n, grid_d = np.meshgrid(n_axis, d_axis)
     loss = fit.predict(grid_n, grid_d)
-    params = PARAMS_LABEL.get(runs.convention.get("params", ""), "")
-    figure, ax = canvas(theme, f"N, parameters{params}", "D, training tokens")
+    figure, ax = canvas(theme, params_label(runs.convention), "D, training tokens")
     ax.grid(visible=False)
     levels = np.geomspace(loss.min() * 1.01, loss.max() * 0.99, 9)
     ax.pcolormesh(grid_n, grid_d, loss, cmap=theme.shades, norm=LogNorm(), shading="gouraud")
@@ -263,7 +263,7 @@ def forecast_curve(forecast: Forecast, metrics: Sequence[Mapping[str, Any]] = ()
     Args:
         metrics: rows of the flagship's metrics.jsonl; those with "val_loss" are drawn. Empty before it ran.
     """
-    figure, ax = canvas(theme, "D, training tokens", "held-out loss (nats per token)")
+    figure, ax = canvas(theme, "D, training tokens", loss_label(forecast.convention))
     tokens = [p.tokens for p in forecast.curve]
     for name, alpha in (("interval_90", 0.16), ("interval_50", 0.3)):
         low, high = ([getattr(p, name)[side] for p in forecast.curve] for side in (0, 1))
@@ -305,5 +305,5 @@ def residuals(
     reach = 1.15 * max(float(np.abs(ax.dataLim.intervaly).max()), 0.1)
     ax.set_ylim(-reach, reach)
     flops_axis(ax)
-    size_bar(figure, ax, sizes, runs.convention.get("params", ""), theme)
+    size_bar(figure, ax, sizes, params_label(runs.convention), theme)
     return figure

@@ -4,7 +4,9 @@ size on viridis, and for the rest the colours of Okabe & Ito (2008), which diffe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,22 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+PNG_DPI = 200
 PARAMS_LABEL = {"total": "", "non_embedding": ", without embeddings", "body_head": ", body and head"}
+
+
+def params_label(convention: Mapping[str, str]) -> str:
+    """The axis of model size, with how it is counted."""
+    return f"N, parameters{PARAMS_LABEL.get(convention.get('params', ''), '')}"
+
+
+def loss_label(convention: Mapping[str, str]) -> str:
+    """The axis of loss, with its unit where the data say it."""
+    return (
+        "held-out loss (nats per token)"
+        if convention.get("loss") == "nats_per_token"
+        else "loss (in the data's unit)"
+    )
 
 
 @dataclass(frozen=True)
@@ -63,9 +80,17 @@ LIGHT = Theme(
 DARK = Theme(background="#171c24", ink="#e4e8ee", faint="#2c3542", band="#56b4e9", actual="#ff8a3d", scale=(0.3, 1.0))
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file's content."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=PNG_DPI)
+    return buffer.getvalue()
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure as PNG, atomically; returns `path`."""
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=200))
+    content = png(figure)
+    write_atomic(path, lambda file: file.write(content))
     return path
 
 
@@ -126,9 +151,9 @@ def size_scale(n_params: Floats, theme: Theme) -> ScalarMappable:
     return ScalarMappable(norm, theme.colours)
 
 
-def size_bar(figure: Figure, ax: Axes, sizes: ScalarMappable, params: str, theme: Theme) -> None:
+def size_bar(figure: Figure, ax: Axes, sizes: ScalarMappable, label: str, theme: Theme) -> None:
     bar = figure.colorbar(sizes, ax=ax, pad=0.02, aspect=28)
-    bar.set_label(f"N, parameters{PARAMS_LABEL.get(params, '')}", fontsize=11, color=theme.ink)
+    bar.set_label(label, fontsize=11, color=theme.ink)
     low, high = sizes.get_clim()
     assert low is not None
     assert high is not None
