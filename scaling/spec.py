@@ -97,7 +97,7 @@ class ScheduleSpec:
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """Evaluation on the fixed held-out set: the first `tokens` of the validation shard."""
+    """Evaluation on the fixed held-out set: `tokens` of the validation shard, in windows spread evenly over it."""
 
     tokens: int
     """Tokens predicted in each evaluation (fewer when the validation shard is smaller)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class Loader:
         starts = np.concatenate([self._epoch_starts(int(e))[positions[epochs == e]] for e in np.unique(epochs)])
         return _gather(self.tokens, starts, self.seq_len)
 
-    def iterate(self, start_step: int, stop_step: int, ahead: int = 2) -> Iterator[Batch]:
+    def iterate(self, start_step: int, stop_step: int, ahead: int = 2) -> Generator[Batch]:
         """The batches of steps start_step to stop_step − 1, up to `ahead` of them read by a thread before their turn.
 
         The thread ends with the iteration, however that ends (close the generator, or let it be collected).

@@ -1,0 +1,35 @@
+"""Held-out loss on the fixed set."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from scaling.records import DataManifest
+from train.data.loader import Corpus, validation_windows
+from train.model.decoder import Decoder
+
+BATCH_TOKENS = 8192
+
+
+@torch.no_grad()
+def held_out_loss(model: Decoder, corpus: Corpus, eval_tokens: int, device: torch.device) -> float:
+    """Mean −log p in nats per token over `eval_tokens` tokens spread over the validation shard.
+
+    The tokens are read in windows of seq_len, each predicted from its own window alone.
+    """
+    total, count = 0.0, 0
+    model.eval()
+    seq_len = model.shape.seq_len
+    batch_size = max(1, BATCH_TOKENS // seq_len)
+    for inputs_BT, targets_BT in validation_windows(corpus.validation, seq_len, eval_tokens, batch_size):
+        total += float(model.loss(inputs_BT.to(device), targets_BT.to(device)))
+        count += targets_BT.numel()
+    model.train()
+    return total / count
+
+
+def bits_per_byte(loss: float, manifest: DataManifest) -> float:
+    """Nats per token to bits per byte of the held-out text: loss / ln 2 × tokens / bytes."""
+    return loss / math.log(2) * manifest.validation_tokens / manifest.validation_bytes

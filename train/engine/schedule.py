@@ -1,0 +1,33 @@
+"""Learning rate over a run, as a factor of peak_lr."""
+
+from __future__ import annotations
+
+import math
+
+from scaling.spec import ScheduleSpec
+
+
+def lr_factor(schedule: ScheduleSpec, tokens: float, total_tokens: float) -> float:
+    """Learning rate over peak_lr for the step that ends at `tokens` of `total_tokens`.
+
+    Linear warm-up over warmup_tokens, then
+        wsd     1, and over the last decay_fraction of the run 1 − √x or 1 − x (Hägele et al. 2024, arXiv 2405.18392)
+        cosine  (1 + cos πx)/2
+        linear  1 − x
+    each scaled to end at final_lr_ratio, x from 0 to 1 over the part that decays.
+    """
+    if tokens <= schedule.warmup_tokens:
+        return tokens / schedule.warmup_tokens
+    start = float(schedule.warmup_tokens)
+    if schedule.kind == "wsd":
+        start = max(start, total_tokens * (1.0 - schedule.decay_fraction))
+    if tokens <= start:
+        return 1.0
+    x = (tokens - start) / (total_tokens - start)
+    if schedule.kind == "cosine":
+        falling = (1.0 + math.cos(math.pi * x)) / 2.0
+    elif schedule.kind == "wsd" and schedule.decay_shape == "1-sqrt":
+        falling = 1.0 - math.sqrt(x)
+    else:
+        falling = 1.0 - x
+    return schedule.final_lr_ratio + (1.0 - schedule.final_lr_ratio) * falling

@@ -1,0 +1,179 @@
+"""The pre-norm decoder: RMSNorm, RoPE, SwiGLU, grouped-query attention, QK-norm, optional tied embeddings.
+
+Modules and parameters are named as Hugging Face's Qwen3ForCausalLM names them.
+
+Shape suffixes: B batch, T sequence, D width, F feed-forward, V vocabulary, H query heads, G key/value heads,
+K size of one head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaling.shape import ModelShape
+from train.model.attention import attend
+from train.model.loss import linear_cross_entropy
+from train.model.precision import compute_dtype
+
+EMBEDDING_STD = 0.1
+"""Initial standard deviation of the embedding; chosen by measurement (docs/log.md)."""
+NORM_EPS = 1e-6
+
+
+class Linear(nn.Linear):
+    """Matrix without bias: fp32 master weight, cast to the input's dtype in the product."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + ε) · gain over the last axis, computed in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPS).to(x.dtype)
+
+
+def rotary_tables(shape: ModelShape) -> tuple[Tensor, Tensor]:
+    """cos and sin of position × frequency, each (seq_len, 1, head_dim), halves repeated (Su et al. 2021, 2104.09864)."""
+    k = shape.dim_per_head
+    frequency = shape.rope_theta ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
+    angle_TK = torch.outer(torch.arange(shape.seq_len, dtype=torch.float64), frequency).repeat(1, 2)[:, None, :]
+    return angle_TK.cos().float(), angle_TK.sin().float()
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + K/2]) by its position's angle."""
+    first, second = x_BTHK.chunk(2, dim=-1)
+    return x_BTHK * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions and optional RMSNorm on each head's query and key."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.head_dim = shape.dim_per_head
+        query, kv = shape.n_heads * self.head_dim, shape.kv_heads * self.head_dim
+        self.q_proj = Linear(shape.width, query)
+        self.k_proj = Linear(shape.width, kv)
+        self.v_proj = Linear(shape.width, kv)
+        self.o_proj = Linear(query, shape.width)
+        self.q_norm = RMSNorm(self.head_dim) if shape.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim) if shape.qk_norm else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(heads)), cos, sin)
+        k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(heads)), cos, sin)
+        v_BTGK = self.v_proj(x_BTD).view(heads)
+        return self.o_proj(attend(q_BTHK, k_BTGK, v_BTGK).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.gate_proj = Linear(shape.width, shape.d_ff)
+        self.up_proj = Linear(shape.width, shape.d_ff)
+        self.down_proj = Linear(shape.d_ff, shape.width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(shape.width)
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = RMSNorm(shape.width)
+        self.mlp = MLP(shape)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Stack(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.depth))
+        self.norm = RMSNorm(shape.width)
+
+
+class Decoder(nn.Module):
+    """Token ids to logits.
+
+    Args:
+        shape: the model.
+        precision: fp32 | bf16: what the matrix products and the residual stream compute in. Master weights, norms,
+            softmax and loss are fp32 under both.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, shape: ModelShape, precision: str = "fp32") -> None:
+        super().__init__()
+        self.shape = shape
+        self.dtype = compute_dtype(precision)
+        self.model = Stack(shape)
+        self.lm_head = Linear(shape.width, shape.vocab_size)
+        if shape.tied_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for name, table in zip(("cos", "sin"), rotary_tables(shape), strict=True):
+            self.register_buffer(name, table.to(self.dtype), persistent=False)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Final-norm output (B, T, D) in the compute dtype, for ids (B, T), T ≤ seq_len: what the head reads."""
+        length = tokens_BT.shape[1]
+        cos, sin = self.cos[:length], self.sin[:length]
+        x_BTD = self.model.embed_tokens(tokens_BT).to(self.dtype)
+        for layer in self.model.layers:
+            x_BTD = layer(x_BTD, cos, sin)
+        return self.model.norm(x_BTD)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) in the compute dtype, for ids (B, T), T ≤ seq_len."""
+        return self.lm_head(self.hidden(tokens_BT))
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, z_loss: float = 0.0) -> Tensor:
+        """Cross-entropy in nats, summed over the B·T tokens; its gradient includes the z-loss's."""
+        return linear_cross_entropy(self.hidden(tokens_BT), self.lm_head.weight, targets_BT, z_loss)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw the initial weights: normal, σ = fan_in^-½ (residual outputs ÷ √(2·depth)); gains 1.
+
+        Each tensor has its own generator, seeded by (seed, its name), so that the weights do not depend on the order
+        of construction, nor on where the tensor lives.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            std = EMBEDDING_STD if "embed_tokens" in name else parameter.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.shape.depth)
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -1,0 +1,110 @@
+"""Train runs: one folder, or a sweep's. What the launchers start; rarely typed by hand."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from scaling.errors import InputError, run_command
+from scaling.files import write_json
+from scaling.sweepdir import Lease, LostLease, RunDir, SweepDir
+
+EPILOG = """
+examples:
+  python -m train.run sweeps/demo/runs/0123456789abcdef     train or resume one run (its spec.json says what)
+  python -m train.run --sweep sweeps/demo --runs ID,ID,…    a worker: train whichever of these nobody else does
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.run", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN_DIR", help="a run's folder")
+    parser.add_argument("--sweep", type=Path, metavar="DIR", help="a sweep's folder")
+    parser.add_argument("--runs", metavar="ID,ID", help="run ids of the sweep, in the order to take them")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of this process (default 1)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument(
+        "--checkpoint-every", type=float, default=20.0, metavar="S", help="seconds between checkpoints"
+    )
+    parser.add_argument("--max-attempts", type=int, default=3, help="tries of a run that raises an error (default 3)")
+    parser.add_argument("--wandb", default="disabled", choices=["disabled", "offline", "online"])
+    args = parser.parse_args(argv)
+    if (args.run is None) == (args.sweep is None):
+        raise InputError("give a run's folder, or --sweep DIR --runs ID,ID")
+
+    from train.engine import Host  # torch: 2 s, after the arguments are known to be good
+    from train.engine.signals import install_handlers
+
+    install_handlers()
+    host = Host(
+        device=args.device,
+        threads=args.threads,
+        checkpoint_every_s=args.checkpoint_every,
+        wandb=args.wandb,
+        progress=args.sweep is None and sys.stderr.isatty(),
+    )
+    if args.run is not None:
+        from train.engine import train
+
+        run = RunDir(args.run)
+        record = train(run.spec(), run, host)
+        print(f"{record.run_id}: {record.status}, loss {record.loss}")
+        return 0
+    sweep = SweepDir(args.sweep)
+    ids = args.runs.split(",") if args.runs else [spec.run_id for spec in sweep.plan().runs]
+    return 0 if work(sweep, ids, host, args.max_attempts) else 1
+
+
+def work(sweep: SweepDir, run_ids: list[str], host: object, max_attempts: int) -> bool:
+    """Train the runs that nobody else has taken, one after another, until none is left to take.
+
+    A run that raises leaves `failure.json` in its attempt's folder and is tried again, max_attempts times in all.
+
+    Returns:
+        Whether none of the runs tried here failed for good.
+    """
+    parent = os.getppid()
+    failures: dict[str, int] = {}
+    progress = True
+    while progress:
+        progress = False
+        for run_id in run_ids:
+            if os.getppid() != parent:  # the launcher is gone: finish nothing more on its behalf
+                return True
+            if failures.get(run_id, 0) >= max_attempts:
+                continue
+            lease = sweep.run(run_id).acquire()
+            if lease is None:
+                continue
+            progress = True
+            if not _attempt(sweep.run(run_id), host, lease):
+                failures[run_id] = failures.get(run_id, 0) + 1
+    return all(count < max_attempts for count in failures.values())
+
+
+def _attempt(run: RunDir, host: object, lease: Lease) -> bool:
+    """One attempt at a run. Returns False when it raised."""
+    from train.engine import Host, train
+
+    assert isinstance(host, Host)
+    try:
+        train(run.spec(), run, host, lease)
+    except LostLease as error:
+        print(error, file=sys.stderr)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"run {run.path.name}: {reason}", file=sys.stderr)
+        write_json(lease.folder / "failure.json", {"reason": reason, "traceback": traceback.format_exc()})
+        lease.release()
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    run_command(main)
