@@ -66,16 +66,16 @@ def expand(texts: Iterable[str]) -> list[list[str]]:
             choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
             choices = [text]
-        product = [chosen + [choice] for chosen in product for choice in choices]
+        product = [[*chosen, choice] for chosen in product for choice in choices]
     return product
 
 
 def keys(node: DictConfig) -> list[str]:
     """Every dotted key of a configuration that holds a value."""
     out = []
-    for key in node:
+    for key in map(str, node):
         value = node._get_node(key)
-        out += [f"{key}.{k}" for k in keys(value)] if isinstance(value, DictConfig) and len(value) else [str(key)]
+        out += [f"{key}.{k}" for k in keys(value)] if isinstance(value, DictConfig) and len(value) else [key]
     return out
 
 

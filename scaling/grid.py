@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from scaling import compose
 from scaling.accounting import count_params, flops_per_token
 from scaling.config import from_dict
-from scaling.errors import InputError, unknown
+from scaling.errors import InputError
 from scaling.recipe import Recipe, recipe_from_dict
 from scaling.shape import ShapeFamily
 from scaling.spec import DataSpec, EvalSpec, OptimSpec, RunSpec, ScheduleSpec

@@ -145,7 +145,8 @@ class Recipe:
             assert self.law is not None
             return self.law
         if self.name == "fixed":
-            assert self.peak_lr is not None and self.batch_tokens is not None
+            assert self.peak_lr is not None
+            assert self.batch_tokens is not None
             return Rule(PowerLaw(self.peak_lr), PowerLaw(self.batch_tokens), source="fixed values")
         return PUBLISHED[self.name]
 

@@ -2,7 +2,7 @@
 
 SWEEP/plan.json  runs.csv  README.md  launcher.lock
 SWEEP/runs/RUN_ID/spec.json
-                  attempts/0001/lease.json metrics.jsonl log.txt    one folder an attempt, the highest owns the run
+                  attempts/0001/lease.json metrics.jsonl log.txt failure.json    one folder an attempt, the highest owns the run
                   checkpoints/
                   metrics.jsonl     the attempts' metrics merged, written when the run ends
                   record.json       last; its presence means done
@@ -20,12 +20,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scaling.errors import InputError
 from scaling.files import read_json, read_json_lines, write_json, write_text
 from scaling.records import Plan, RunRecord
 from scaling.spec import RunSpec
+
+RunState = Literal["done", "diverged", "failed", "running", "pending"]
+
+MAX_ATTEMPTS = 3
+"""Failures of one run before a launch gives it up; the next launch tries again."""
 
 LEASE_TIMEOUT_S = 60.0
 """A lease of another host whose heartbeat is older than this is dead. On one host the process itself is asked."""
@@ -123,6 +128,36 @@ class RunDir:
         except FileNotFoundError:
             return 0
 
+    def holder(self) -> int | None:
+        """The process id in the last attempt's lease, alive or dead, unless it was released."""
+        folder = self.attempt_dir(self.last_attempt())
+        try:
+            pid = json.loads((folder / "lease.json").read_text())["pid"]
+        except (OSError, ValueError):
+            return None
+        return None if (folder / "released").exists() else int(pid)
+
+    def failure(self) -> dict[str, Any] | None:
+        """Why the last attempt failed ({"reason": one line, …}), or None when it did not."""
+        path = self.attempt_dir(self.last_attempt()) / "failure.json"
+        if not path.exists():
+            return None
+        failure: dict[str, Any] = read_json(path, "failure")
+        return failure
+
+    def write_failure(self, attempt: int, reason: str, **details: Any) -> None:
+        """Say why an attempt failed: failure.json in its folder."""
+        write_json(self.attempt_dir(attempt) / "failure.json", {"reason": " ".join(reason.split()), **details})
+
+    def state(self) -> RunState:
+        """Where the run stands, from its files alone."""
+        record = self.record()
+        if record is not None:
+            return "done" if record.status == "ok" else record.status
+        if self.is_leased():
+            return "running"
+        return "failed" if self.failure() else "pending"
+
     def is_leased(self) -> bool:
         """Whether a live process holds the run."""
         attempt = self.last_attempt()
@@ -187,6 +222,11 @@ class SweepDir:
         self.plan_json = self.path / "plan.json"
         self.runs_csv = self.path / "runs.csv"
         self.runs = self.path / "runs"
+        self.lock = self.path / "launcher.lock"
+
+    def worker_log(self, worker: int) -> Path:
+        """Where a worker's own output goes."""
+        return self.runs / f"worker-{worker}.log"
 
     def plan(self) -> Plan:
         """Read plan.json."""
@@ -195,6 +235,22 @@ class SweepDir:
     def run(self, run_id: str) -> RunDir:
         """The folder of one run."""
         return RunDir(self.runs / run_id)
+
+    def create_run(self, spec: RunSpec) -> RunDir:
+        """Make a run's folder, or check the one that is there.
+
+        Raises:
+            InputError: its spec.json was changed since (its hash is not the folder's name).
+        """
+        run = self.run(spec.run_id)
+        run.create(spec)
+        found = run.spec().run_id
+        if found != spec.run_id:
+            raise InputError(
+                f"{run.spec_json} was edited: it describes run {found}, not {spec.run_id}; delete that file "
+                "(the plan writes it again) and plan the other run with scaling.sweep"
+            )
+        return run
 
     def records(self) -> list[RunRecord]:
         """The records of all finished runs of the plan, in the plan's order."""
@@ -205,13 +261,21 @@ class SweepDir:
     def launcher_lock(self) -> Iterator[bool]:
         """Hold the sweep's launcher lock if it is free: yields whether it is held. The kernel frees it on death."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "launcher.lock", "a") as file:
+        with open(self.lock, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
             yield True
+
+    def lock_holder(self) -> str:
+        """Who holds the launcher lock: process and host."""
+        with contextlib.suppress(OSError):
+            return self.lock.read_text().strip()
+        return ""
 
 
 def check_writable(path: Path) -> None:

@@ -1,0 +1,240 @@
+"""Runs to a finished sweep on this machine: corpus, plan, worker pool, runs.csv; the same call resumes, retries, extends."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scaling.config import from_dict, to_dict
+from scaling.cost import readable_time, run_seconds
+from scaling.errors import InputError
+from scaling.grid import GridRuns
+from scaling.hardware import cpu_count, find_device
+from scaling.pool import WorkerPool, train_worker
+from scaling.progress import Progress
+from scaling.provenance import git_commit, utc_now
+from scaling.records import DataManifest, Plan
+from scaling.spec import DataSpec, RunSpec
+from scaling.sweepdir import SweepDir, check_writable, default_cache
+from scaling.table import write_runs_csv
+
+
+@dataclass(frozen=True)
+class LocalLauncher:
+    """A pool of processes on this machine."""
+
+    name: Literal["local"] = "local"
+    workers: int | None = None
+    """Processes at once; None: one a core."""
+    threads: int = 1
+    """CPU threads of one worker."""
+
+    def __post_init__(self) -> None:
+        for field in ("workers", "threads"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise InputError(f"launcher.{field} = {value}: must be at least 1")
+
+    @property
+    def pool_size(self) -> int:
+        """Processes at once."""
+        return self.workers or max(1, cpu_count() // self.threads)
+
+
+def launch(
+    sweep: SweepDir,
+    grid: GridRuns,
+    overrides: Sequence[str],
+    launcher: LocalLauncher,
+    wandb: str = "disabled",
+    worker_command: Sequence[str] | None = None,
+) -> int:
+    """Plan the grid's runs into the sweep's folder, train those that are missing or failed, and write runs.csv.
+
+    Args:
+        sweep: the folder; a plan that is there already is added to.
+        grid: the runs.
+        overrides: the command line, kept in the plan.
+        launcher: how many workers.
+        wandb: disabled | offline | online.
+        worker_command: a worker's command line; None: `python -m train.run`.
+    Returns:
+        Exit status: 0 when every run of this call is done or diverged, 1 when some failed.
+    Raises:
+        InputError: a folder that cannot be written, a corpus that cannot be used or is too small, another sweep's folder.
+    """
+    first = grid.specs[0]
+    check_one_corpus(grid.specs)
+    existed = sweep.path.exists()
+    check_writable(sweep.path)
+    try:
+        manifest = planned_corpus(sweep, first) or prepare_corpus(first.data, first.shape.vocab_size)
+        check_epochs(grid.specs, manifest)
+        specs = [spec.with_digest(manifest.digest) for spec in grid.specs]
+        with _launcher_lock(sweep):
+            with _write_errors(sweep):
+                write_plan(sweep, grid, specs, manifest, overrides)
+            return _train(sweep, specs, launcher, wandb, worker_command)
+    except BaseException:
+        if not existed and not sweep.plan_json.exists():
+            sweep.lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                sweep.path.rmdir()
+        raise
+
+
+def _train(
+    sweep: SweepDir, specs: list[RunSpec], launcher: LocalLauncher, wandb: str, worker_command: Sequence[str] | None
+) -> int:
+    """The pool, and what is left to say when it is through."""
+    cpu = find_device("cpu")
+    longest_first = sorted(specs, key=lambda spec: run_seconds(spec, cpu), reverse=True)
+    command = list(worker_command or train_worker()) + ([] if wandb == "disabled" else ["--wandb", wandb])
+    threads = str(launcher.threads)
+    pool = WorkerPool(
+        sweep,
+        [spec.run_id for spec in longest_first],
+        launcher.pool_size,
+        command,
+        {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
+    )
+    started = time.monotonic()
+    with Progress(sweep, specs) as progress, _write_errors(sweep):
+        try:
+            pool.run(progress.update)
+        finally:
+            write_runs_csv(sweep)
+    states = Counter(sweep.run(spec.run_id).state() for spec in specs)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    print(f"{sweep.path}: {len(specs)} runs: {counts}, in {readable_time(time.monotonic() - started)}")
+    for run_id, reason in pool.failed.items():
+        print(f"failed: {run_id}: {reason} (the whole story is in {sweep.run(run_id).attempts})", file=sys.stderr)
+    return 1 if states["failed"] else 0
+
+
+def check_one_corpus(specs: Sequence[RunSpec]) -> None:
+    """A sweep has one corpus and one tokenizer, so that its losses can be compared.
+
+    Raises:
+        InputError: the runs differ in data or vocabulary.
+    """
+    corpora = {(spec.data.name, spec.data.path, spec.shape.vocab_size) for spec in specs}
+    if len(corpora) > 1:
+        names = "; ".join(
+            f"data={name} path={path} vocab_size={vocab}" for name, path, vocab in sorted(corpora, key=str)
+        )
+        raise InputError(f"one sweep has one corpus and one vocabulary, this one has {names}: make a sweep of each")
+
+
+def prepare_corpus(data: DataSpec, vocab_size: int) -> DataManifest:
+    """Tokenise the corpus, or find it in the cache, in a process of its own (`python -m train.prepare`).
+
+    Raises:
+        SystemExit: it failed and has said why on stderr; with its exit status.
+    """
+    command = [sys.executable, "-m", "train.prepare", "--data", data.name, "--vocab-size", str(vocab_size)]
+    command += (["--path", data.path] if data.path else []) + ["--json", "-"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    fields = json.loads(done.stdout)
+    del fields["schema_version"]
+    return from_dict(DataManifest, fields)
+
+
+def planned_corpus(sweep: SweepDir, like: RunSpec) -> DataManifest | None:
+    """The corpus that the sweep was planned on, when it is the one asked for and still in the cache.
+
+    A sweep that is resumed or extended keeps its corpus, whatever was installed or edited in the meantime.
+    """
+    if not sweep.plan_json.exists():
+        return None
+    plan = sweep.plan()
+    asked = (like.data.name, like.data.path, like.shape.vocab_size)
+    same = plan.runs and (plan.runs[0].data.name, plan.runs[0].data.path, plan.data.vocab_size) == asked
+    cached = default_cache() / "data" / plan.data.digest / "manifest.json"
+    return plan.data if same and cached.exists() else None
+
+
+def check_epochs(specs: Sequence[RunSpec], manifest: DataManifest) -> None:
+    """Refuse runs that would read the corpus too often.
+
+    Raises:
+        InputError: saying how many epochs the longest run would be.
+    """
+    over = [spec for spec in specs if spec.tokens > spec.data.max_epochs * manifest.train_tokens]
+    if over:
+        worst = max(over, key=lambda spec: spec.tokens)
+        epochs = worst.tokens / manifest.train_tokens
+        raise InputError(
+            f"{len(over)} of {len(specs)} runs need more text than data={manifest.name} has: the longest reads "
+            f"{worst.tokens:,} of {manifest.train_tokens:,} tokens, {epochs:.2f} epochs, above data.max_epochs="
+            f"{worst.data.max_epochs:g}: use a larger corpus, smaller budgets, or data.max_epochs={epochs:.2f}"
+        )
+
+
+def write_plan(
+    sweep: SweepDir, grid: GridRuns, specs: list[RunSpec], manifest: DataManifest, overrides: Sequence[str]
+) -> None:
+    """Write plan.json and the runs' folders; a plan that is there is added to.
+
+    Raises:
+        InputError: the folder's plan is of another corpus, family or recipe, or newer; a spec.json was edited.
+    """
+    plan = Plan(
+        name=sweep.path.name,
+        grid=grid.grid.name,
+        overrides=list(overrides),
+        created=utc_now(),
+        commit=git_commit(),
+        family=grid.base.family,
+        recipe=grid.base.recipe.to_dict(),
+        data=manifest,
+        runs=specs,
+    )
+    if sweep.plan_json.exists():
+        old = sweep.plan()
+        for what in ("data", "family", "recipe"):
+            before, now = to_dict(getattr(old, what)), to_dict(getattr(plan, what))
+            if before != now:
+                changed = ", ".join(f"{k} {before.get(k)!r} → {now[k]!r}" for k in now if now[k] != before.get(k))
+                raise InputError(
+                    f"{sweep.path} was planned with another {what} ({changed}): "
+                    "give this sweep its own folder, sweep.dir=PATH"
+                )
+        known = {spec.run_id for spec in old.runs}
+        plan = dataclasses.replace(old, runs=old.runs + [spec for spec in specs if spec.run_id not in known])
+    for spec in specs:
+        sweep.create_run(spec)
+    plan.write(sweep.plan_json)
+
+
+@contextlib.contextmanager
+def _launcher_lock(sweep: SweepDir) -> Iterator[None]:
+    """Be the only launcher of the sweep: wait for another one, saying who it is."""
+    told = False
+    while True:
+        with sweep.launcher_lock() as held:
+            if held:
+                yield
+                return
+        if not told:
+            print(f"{sweep.path}: waiting for its launcher ({sweep.lock_holder()})", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def _write_errors(sweep: SweepDir) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write in {sweep.path}: {error.strerror or error}") from None

@@ -1,0 +1,221 @@
+"""A pool of worker processes over a sweep's runs.
+
+Nothing passes between launcher and worker but files: each worker gets the whole list, claims runs by their leases and
+writes records; the launcher watches the folders, restarts workers that died, and gives up a run that keeps killing them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from scaling.errors import InputError
+from scaling.sweepdir import MAX_ATTEMPTS, SweepDir
+
+POLL_S = 0.2
+RESPAWN_S = 1.0
+"""At least this long between a worker's end and the next one in its place."""
+STOP_S = 60.0
+"""What a worker has for its last checkpoint when the sweep is interrupted."""
+IDLE_EXITS = 5
+"""Workers that may end in a row without a run having been finished or tried."""
+
+
+class WorkerError(RuntimeError):
+    """Workers cannot start: the message carries the end of a worker's log."""
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class WorkerPool:
+    """Workers on the open runs of a sweep: those with no record yet that this launch has not given up."""
+
+    def __init__(
+        self,
+        sweep: SweepDir,
+        run_ids: Sequence[str],
+        workers: int,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> None:
+        """
+        Args:
+            sweep: where the runs are.
+            run_ids: the runs, in the order in which they are to be claimed.
+            workers: how many processes at once.
+            command: a worker's command line; `--sweep DIR --runs ID,ID,…` is added.
+            environment: added to this process's own.
+        """
+        self.sweep = sweep
+        self.open = {run_id: sweep.run(run_id) for run_id in run_ids}
+        self.failed: dict[str, str] = {}
+        """Runs given up, with the reason."""
+        self._size, self._command, self._environment = workers, list(command), dict(environment)
+        self._first_attempt = {run_id: run.last_attempt() for run_id, run in self.open.items()}
+        self._deaths: Counter[str] = Counter()
+        self._workers: dict[int, _Worker] = {}
+        self._idle_exits = 0
+        self._spawned_s = 0.0
+
+    def run(self, on_poll: Callable[[], None]) -> None:
+        """Work until no run is open, calling `on_poll` now and then. Workers never outlive this call.
+
+        Raises:
+            InputError: a worker refused its input.
+            WorkerError: workers end again and again without trying a run.
+            KeyboardInterrupt: interrupted (SIGINT or SIGTERM); the workers have written their checkpoints.
+        """
+        with _terminate_as_interrupt():
+            try:
+                while self._close_finished():
+                    self._reap()
+                    self._spawn()
+                    on_poll()
+                    time.sleep(POLL_S)
+            finally:
+                self._stop()
+                on_poll()
+
+    def _close_finished(self) -> bool:
+        """Drop the runs that are done or given up; whether any is left."""
+        for run_id in [i for i, run in self.open.items() if run.record_json.exists()]:
+            del self.open[run_id]
+            self._idle_exits = 0
+        for run_id in self.failed:
+            self.open.pop(run_id, None)
+        return bool(self.open)
+
+    def _failures(self, run_id: str) -> int:
+        """Attempts of this launch that failed by an exception."""
+        run = self.open[run_id]
+        attempts = range(self._first_attempt[run_id] + 1, run.last_attempt() + 1)
+        return sum((run.attempt_dir(attempt) / "failure.json").exists() for attempt in attempts)
+
+    def _reap(self) -> None:
+        for slot, worker in list(self._workers.items()):
+            status = worker.process.poll()
+            if status is None:
+                continue
+            del self._workers[slot]
+            held = [run_id for run_id, run in self.open.items() if run.holder() == worker.process.pid]
+            for run_id in held:
+                self._deaths[run_id] += 1
+                if self._deaths[run_id] >= MAX_ATTEMPTS:
+                    self._give_up(run_id, f"its worker died {MAX_ATTEMPTS} times: {_ending(status)}", write=True)
+            tried = [run_id for run_id in self.open if self._failures(run_id)]
+            for run_id in tried:
+                # a worker that ends in peace has tried as often as it may
+                if (status == 0 and not self.open[run_id].is_leased()) or self._failures(run_id) >= MAX_ATTEMPTS:
+                    failure = self.open[run_id].failure()
+                    self._give_up(run_id, failure["reason"] if failure else "failed")
+            if not held and not tried:
+                self._count_idle_exit(worker, status)
+
+    def _give_up(self, run_id: str, reason: str, write: bool = False) -> None:
+        if write:
+            run = self.open[run_id]
+            run.write_failure(run.last_attempt(), reason)
+        self.failed[run_id] = reason
+
+    def _count_idle_exit(self, worker: _Worker, status: int) -> None:
+        """A worker ended and had no run: normal when none was left to claim, else it could not start."""
+        if status == 0 and all(run.record_json.exists() or run.is_leased() for run in self.open.values()):
+            return
+        self._idle_exits += 1
+        lines = worker.log.read_text(errors="replace").strip().splitlines()
+        if status == 2:
+            raise InputError(lines[-1].removeprefix("error: ") if lines else "a worker refused its input")
+        if self._idle_exits >= IDLE_EXITS:
+            tail = "\n".join(lines[-10:])
+            raise WorkerError(f"workers end without training ({_ending(status)}); the end of {worker.log}:\n{tail}")
+
+    def _spawn(self) -> None:
+        waiting = sum(
+            run_id not in self.failed and not run.record_json.exists() and not run.is_leased()
+            for run_id, run in self.open.items()
+        )
+        if not waiting or time.monotonic() - self._spawned_s < RESPAWN_S:
+            return
+        starting = sum(
+            all(run.holder() != w.process.pid for run in self.open.values()) for w in self._workers.values()
+        )
+        free = [slot for slot in range(self._size) if slot not in self._workers]
+        for slot in free[: max(0, waiting - starting)]:
+            self._workers[slot] = self._start(slot)
+            self._spawned_s = time.monotonic()
+
+    def _start(self, slot: int) -> _Worker:
+        log = self.sweep.worker_log(slot)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        runs = ",".join(run_id for run_id in self.open if run_id not in self.failed)
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                [*self._command, "--sweep", str(self.sweep.path), "--runs", runs],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **self._environment},
+                process_group=0,  # a terminal's Ctrl-C goes to the launcher alone, which then asks the workers
+            )
+        return _Worker(process, log)
+
+    def _stop(self) -> None:
+        """Ask the workers to write their checkpoints and end; kill those that do not, or all on a second interrupt."""
+        processes = [worker.process for worker in self._workers.values()]
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + STOP_S
+        try:
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+            self._workers.clear()
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """While inside, SIGTERM raises KeyboardInterrupt as SIGINT does (where signals can be handled: the main thread)."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train_worker() -> list[str]:
+    """The command line of the project's own worker."""
+    return [sys.executable, "-m", "train.run"]

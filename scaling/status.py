@@ -1,0 +1,119 @@
+"""ENTRY python -m scaling.status: where a sweep stands, from its files alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from scaling.cost import readable_time
+from scaling.errors import InputError, run_command
+from scaling.spec import RunSpec
+from scaling.sweepdir import RunState, SweepDir
+from scaling.table import read_runs_csv
+
+EPILOG = """\
+states: done; diverged (final: its loss blew up); failed (the next launch tries again); running; pending
+A committed sweep, whose run folders are not there, is read from its runs.csv.
+"""
+
+
+def sweep_status(sweep: SweepDir) -> dict[str, Any]:
+    """{"done", "diverged", "failed", "running", "pending", "total", "runs": [one object a run]}.
+
+    Raises:
+        InputError: no plan there, or one of a newer schema.
+    """
+    plan = sweep.plan()
+    table = {} if sweep.runs.exists() else read_runs_csv(sweep)
+    runs = [_run(sweep, spec, table.get(spec.run_id)) for spec in plan.runs]
+    counts = Counter(run["state"] for run in runs)
+    return {**{state: counts[state] for state in get_args(RunState)}, "total": len(runs), "runs": runs}
+
+
+def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str, Any]:
+    """One run: what it is, its state, how far it came (0 to 1), its loss, seconds and reason where there are any."""
+    out: dict[str, Any] = {
+        "run_id": spec.run_id,
+        "width": spec.shape.width,
+        "depth": spec.shape.depth,
+        "n_params": spec.params.body_head,
+        "n_tokens": spec.tokens,
+        "flops": spec.flops,
+        "seed": spec.seed,
+        "state": "pending",
+        "progress": 0.0,
+        "loss": None,
+        "wall_s": None,
+        "reason": None,
+    }
+    if row:
+        out["state"] = "done" if row["status"] == "ok" else row["status"]
+        out["progress"] = 1.0 if row["status"] == "ok" else 0.0
+        out["loss"] = float(row["loss"]) if row["loss"] else None
+        out["wall_s"] = float(row["wall_s"]) if row["wall_s"] else None
+        out["reason"] = row["reason"] or None
+        return out
+    run = sweep.run(spec.run_id)
+    out["state"] = run.state()
+    record = run.record()
+    if record:
+        out |= {"loss": record.loss, "wall_s": record.wall_s, "reason": record.reason}
+        out["progress"] = record.tokens / spec.tokens
+    elif run.last_attempt():
+        rows = run.metrics()
+        failure = run.failure() if out["state"] == "failed" else None
+        out["progress"] = rows[-1]["tokens"] / spec.tokens if rows else 0.0
+        out["reason"] = failure["reason"] if failure else None
+    return out
+
+
+def describe(status: dict[str, Any]) -> str:
+    """A table for a reader."""
+    rows = [("run", "width", "depth", "D", "FLOPs", "seed", "state", "%", "loss", "time", "")]
+    for run in status["runs"]:
+        rows.append(
+            (
+                run["run_id"],
+                str(run["width"]),
+                str(run["depth"]),
+                f"{run['n_tokens']:,}",
+                f"{run['flops']:.3g}",
+                str(run["seed"]),
+                run["state"],
+                f"{100 * run['progress']:.0f}",
+                "" if run["loss"] is None else f"{run['loss']:.4f}",
+                "" if run["wall_s"] is None else readable_time(run["wall_s"]),
+                run["reason"] or "",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)) + "  " + row[-1] for row in rows
+    ]
+    counts = ", ".join(f"{status[state]} {state}" for state in get_args(RunState) if status[state])
+    return "\n".join([*(line.rstrip() for line in lines), f"{status['total']} runs: {counts}"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read, then print the table or one JSON object."""
+    parser = argparse.ArgumentParser(
+        "python -m scaling.status",
+        description="Where a sweep stands: its runs, how far each is, losses, reasons of failures.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sweep", type=Path, help="the sweep's folder, for example sweeps/demo")
+    parser.add_argument("--json", choices=["-"], help="print one JSON object on stdout")
+    args = parser.parse_args(argv)
+    if not args.sweep.is_dir():
+        raise InputError(f"no sweep folder at {args.sweep}: make one with python -m scaling.sweep +grid=NAME")
+    status = sweep_status(SweepDir(args.sweep))
+    print(json.dumps(status) if args.json else describe(status))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,89 @@
+"""runs.csv: one row a run, derived from the records and rebuilt from them at any time."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from scaling.accounting import FLOPS_CONVENTIONS, PARAMS_CONVENTIONS, training_flops
+from scaling.files import write_text
+from scaling.records import RunRecord
+from scaling.spec import RunSpec
+from scaling.sweepdir import SweepDir
+
+MEASURED = (
+    "loss",
+    "bits_per_byte",
+    "epochs",
+    "wall_s",
+    "train_s",
+    "tokens_per_s",
+    "mfu",
+    "device",
+    "commit",
+    "reason",
+)
+COLUMNS = (
+    "run_id",
+    "status",
+    "width",
+    "depth",
+    *(f"n_params_{name}" for name in PARAMS_CONVENTIONS),
+    "n_tokens",
+    "batch_tokens",
+    *(f"flops_{name}" for name in FLOPS_CONVENTIONS),
+    "peak_lr",
+    "seed",
+    "trunk_id",
+    *MEASURED,
+)
+"""status: ok | diverged | failed. trunk_id: the run whose trunk this one shares, its own id where it has its own."""
+
+
+def run_row(spec: RunSpec, record: RunRecord | None = None, reason: str | None = None) -> dict[str, Any]:
+    """The row of one run.
+
+    Args:
+        spec: what was planned.
+        record: what came of it; None: it failed.
+        reason: why it failed.
+    """
+    row: dict[str, Any] = {
+        "run_id": spec.run_id,
+        "status": record.status if record else "failed",
+        "width": spec.shape.width,
+        "depth": spec.shape.depth,
+        "n_tokens": spec.tokens,
+        "batch_tokens": spec.batch_tokens,
+        "peak_lr": spec.optim.peak_lr,
+        "seed": spec.seed,
+        "trunk_id": spec.parent_run_id or spec.run_id,
+        "reason": reason,
+    }
+    row |= {f"n_params_{name}": spec.params.count(name) for name in PARAMS_CONVENTIONS}
+    row |= {f"flops_{name}": training_flops(spec.shape, spec.tokens, name) for name in FLOPS_CONVENTIONS}
+    if record:
+        row |= {name: getattr(record, name) for name in MEASURED}
+    return row
+
+
+def write_runs_csv(sweep: SweepDir) -> None:
+    """Rebuild runs.csv: the runs that are done, diverged or failed, in the plan's order."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for spec in sweep.plan().runs:
+        run = sweep.run(spec.run_id)
+        record, failure = run.record(), run.failure()
+        if record or failure:
+            writer.writerow(run_row(spec, record, failure["reason"] if failure else None))
+    write_text(sweep.runs_csv, text.getvalue())
+
+
+def read_runs_csv(sweep: SweepDir) -> dict[str, dict[str, str]]:
+    """The rows of runs.csv by run_id; empty where there is none."""
+    if not sweep.runs_csv.exists():
+        return {}
+    with open(sweep.runs_csv, encoding="utf-8", newline="") as file:
+        return {row["run_id"]: row for row in csv.DictReader(file)}
