@@ -28,18 +28,18 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]])
     """A table in a box of its own that scrolls sideways when the page is narrow."""
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in header)
     body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    title = f"<caption>{text(caption)}</caption>" if caption else ""
+    title = f'<div class="title">{text(caption)}</div>' if caption else ""
     # focusable, so that the keyboard can scroll it
-    return f'<div class="scroll" tabindex="0"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0">{title}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def pairs(caption: str, values: Mapping[str, object]) -> str:
     """A two-column table of names and values, which wrap instead of scrolling."""
-    title = f"<caption>{text(caption)}</caption>" if caption else ""
+    title = f'<div class="title">{text(caption)}</div>' if caption else ""
     body = "".join(
         f'<tr><th scope="row">{text(name)}</th><td>{text(value)}</td></tr>' for name, value in values.items()
     )
-    return f'<div class="scroll"><table class="pairs">{title}<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll">{title}<table class="pairs"><tbody>{body}</tbody></table></div>'
 
 
 def records(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:

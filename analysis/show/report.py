@@ -120,12 +120,12 @@ def _headline(fit: FitResult, runs: Runs, forecast: Forecast | None, postmortem:
                 f"{numbers.si(float(d[0]))} tokens",
             ),
         ]
-    colour = forecast.extrapolation_colour
+    reach_colour = forecast.extrapolation_colour
     reach = html.card(
         "Extrapolation",
         f"{forecast.extrapolation_ratio:.1f}×",
-        under=f"{colour}: over the largest run",
-        colour=colour,
+        under=f"{reach_colour}: over the largest run's compute",
+        colour=reach_colour,
     )
     predicted = html.card(
         "Forecast", f"{forecast.loss:.3f}", "nats per token", f"90% interval {numbers.interval(forecast.interval_90)}"
@@ -253,9 +253,7 @@ def _evidence(fit: FitResult, runs: Runs, forecast: Forecast | None) -> list[str
     table = runs.table.assign(
         fitted=predicted, error=[numbers.percent(e) for e in runs.table["loss"] / predicted - 1]
     )
-    rows = [
-        {key: _plain(value) for key, value in row.items()} for row in table.sort_values("flops").to_dict("records")
-    ]
+    rows = [_flat(row) for row in table.sort_values("flops").to_dict("records")]
     blocks += [
         f"<h2>Runs</h2><details><summary>{len(rows)} runs, smallest budget first</summary>{html.records('', rows)}</details>"
     ]
@@ -285,7 +283,7 @@ def _plain(value: Any) -> Any:
 def _provenance(runs: Runs, forecast: Forecast | None, postmortem: Outcome | None) -> list[str]:
     facts: dict[str, object] = {
         "report made by commit": git_commit(),
-        **{f"version of {name}": version for name, version in versions(*PACKAGES).items()},
+        "versions": ", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items()),
         "counting": ", ".join(f"{key} {value}" for key, value in runs.convention.items()),
     }
     commands = []
