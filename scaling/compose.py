@@ -6,6 +6,7 @@ takes a millisecond where a composition takes fifty: a grid composes once per ch
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -101,9 +102,23 @@ def update(config: DictConfig, overrides: Iterable[str]) -> DictConfig:
         if _is_group(override):
             continue
         if not _exists(config, key):
-            raise unknown("override", key, [*keys(config), *groups()])
+            raise _unknown_key(config, key)
         OmegaConf.update(config, key, override.value(), merge=True)
     return config
+
+
+def _unknown_key(config: DictConfig, key: str) -> InputError:
+    """Suggests the nearest of all settings; lists those beside it, or the top level where there is no such group."""
+    every = keys(config)
+    leaves: dict[str, list[str]] = {}
+    for name in every:
+        leaves.setdefault(name.rpartition(".")[2], []).append(name)
+    near = difflib.get_close_matches(key, every, n=1, cutoff=0.6)
+    near = near or [full for leaf in difflib.get_close_matches(key, leaves, n=1) for full in leaves[leaf]]
+    head = key.partition(".")[0]
+    beside = [name for name in every if name.startswith(f"{head}.")] or [str(name) for name in config]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InputError(f"unknown override {key!r}: {hint}valid: {', '.join(sorted(beside))}; --help lists all")
 
 
 def load(name: str, overrides: Sequence[str]) -> DictConfig:

@@ -102,14 +102,6 @@ def pool_seconds(seconds: Iterable[float], workers: int) -> float:
     return max(free)
 
 
-def readable_time(seconds: float) -> str:
-    """Seconds as a person says them: 4.2 s, 3.1 min, 5.0 h, 12 days."""
-    for limit, unit, size in ((90, "s", 1), (5400, "min", 60), (172800, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 86400:.0f} days"
-
-
 EPILOG = """\
 example: Llama 3 405B, as a lecture would estimate it
   python -m scaling.cost --params 405e9 --tokens 15.6e12 --device h100 --devices 16000 --tflops 400

@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaling.cost import readable_time
 from scaling.errors import InputError, run_command
 from scaling.files import read_json
 from scaling.grid import read_grid
 from scaling.records import Forecast
 from scaling.sweepdir import check_writable
+from scaling.text import readable_time
 
 SEEDS_A_GRID = 100
 """Between the seeds of two demos: more than a grid has replicates."""
@@ -33,9 +33,9 @@ def commands(out: Path, budget: float, seed: int, sweep_args: Sequence[str] = ()
     assert target is not None
     sweep = ["scaling.sweep", "+grid=demo", f"sweep.dir={out / 'sweep'}"]
     if budget != target:
-        sweep.append(f"grid.compute_scale={budget / target:g}")
+        sweep.append(f"sweep.compute_scale={budget / target:g}")
     if seed:
-        sweep.append(f"grid.seed_offset={seed * SEEDS_A_GRID}")
+        sweep.append(f"sweep.seed_offset={seed * SEEDS_A_GRID}")
     forecast = out / "forecast.json"
     return [
         [*sweep, *sweep_args],

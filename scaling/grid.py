@@ -35,16 +35,26 @@ class Grid:
     """Setting → its values, in Hydra's grammar: "a,b,c" or "range(0,5)"."""
     points: list[list[str]] = field(default_factory=list)
     """Lists of settings; a value that is a list makes the point a product."""
-    compute_scale: float = 1.0
-    """Every run's FLOPs times this: width times its fourth root, tokens times its square root."""
-    seed_offset: int = 0
-    """Added to every run's seed: another draw of the whole grid."""
     target_flops: float | None = None
     """Compute of the run that this grid is meant to forecast."""
 
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Where a sweep goes, and transformations of its whole grid."""
+
+    dir: str | None = None
+    """The folder; None: sweeps/NAME."""
+    name: str | None = None
+    """None: the grid's name."""
+    compute_scale: float = 1.0
+    """Every run's FLOPs times this: width times its fourth root, tokens (where they are given) times its square root."""
+    seed_offset: int = 0
+    """Added to every run's seed: another draw of the whole grid."""
+
     def __post_init__(self) -> None:
         if not self.compute_scale > 0:
-            raise InputError(f"grid.compute_scale = {self.compute_scale}: must be positive")
+            raise InputError(f"sweep.compute_scale = {self.compute_scale}: must be positive")
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ def one_budget(given: Mapping[str, float | None]) -> tuple[str, float]:
         raise InputError(f"no budget: give exactly one of {', '.join(BUDGETS)} (or a grid that does, +grid=NAME)")
     if len(found) > 1:
         both = " and ".join(f"{name}={value:g}" for name, value in found)
-        raise InputError(f"{both} are both given: give exactly one, and unset the other with {found[0][0]}=null")
+        raise InputError(f"{both} are both given: give exactly one ({found[0][0]}=null unsets it)")
     if not found[0][1] > 0:
         raise InputError(f"{found[0][0]}={found[0][1]:g}: must be positive")
     return found[0]
@@ -186,10 +196,11 @@ class GridRuns:
     """An expanded grid."""
 
     grid: Grid
-    config: DictConfig
+    config: dict[str, Any]
     """The configuration without the grid's axes and points."""
+    sweep: SweepSettings
     base: RunSettings
-    """The same, read: its family and recipe are the sweep's."""
+    """The run that the axes and points vary: its family and recipe are the sweep's."""
     specs: list[RunSpec]
     """The runs, each once, in the grid's order; their data not prepared yet."""
     notes: list[str]
@@ -223,6 +234,8 @@ def expand_grid(overrides: Sequence[str]) -> GridRuns:
     command = [text for text in overrides if text not in own_axes]
     grid = _grid(compose.load("sweep", command))
     base = [*grid.overrides, *command]
+    config = _load(base)
+    sweep = from_dict(SweepSettings, config["sweep"], "sweep")
 
     axes = [f"{key}={values}" for key, values in grid.axes.items() if key not in named] + own_axes
     specs: dict[str, RunSpec] = {}
@@ -231,15 +244,14 @@ def expand_grid(overrides: Sequence[str]) -> GridRuns:
         for listed in grid.points or [[]]:
             point = [text for text in listed if compose.parse_override(text).key_or_group not in named]
             for chosen in compose.expand(point):
-                settings = run_settings(_load([*base, *product, *chosen])).scaled(grid.compute_scale)
-                settings = dataclasses.replace(settings, seed=settings.seed + grid.seed_offset)
+                settings = run_settings(_load([*base, *product, *chosen])).scaled(sweep.compute_scale)
+                settings = dataclasses.replace(settings, seed=settings.seed + sweep.seed_offset)
                 spec = settings.run()
                 specs.setdefault(spec.run_id, spec)
                 hyper = settings.recipe.hyperparameters(spec.params, spec.tokens, spec.flops, spec.shape)
                 if hyper.note:
                     notes[hyper.note] = None
-    config = compose.load("sweep", base)
-    return GridRuns(grid, config, run_settings(compose.plain(config)), list(specs.values()), list(notes))
+    return GridRuns(grid, config, sweep, run_settings(config), list(specs.values()), list(notes))
 
 
 def _load(overrides: list[str]) -> dict[str, Any]:

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scaling.config import from_dict, to_dict
-from scaling.cost import readable_time, run_seconds
+from scaling.cost import run_seconds
 from scaling.errors import InputError
 from scaling.grid import GridRuns
 from scaling.hardware import cpu_count, find_device
-from scaling.pool import WorkerPool, train_worker
+from scaling.pool import WorkerError, WorkerPool, train_worker
 from scaling.progress import Progress
 from scaling.provenance import git_commit, utc_now
 from scaling.records import DataManifest, Plan
 from scaling.spec import DataSpec, RunSpec
 from scaling.sweepdir import SweepDir, check_writable, default_cache
 from scaling.table import write_runs_csv
+from scaling.text import readable_time
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class LocalLauncher:
 
     name: Literal["local"] = "local"
     workers: int | None = None
-    """Processes at once; None: one a core."""
+    """Processes at once; None: one a core, or one on a GPU."""
     threads: int = 1
     """CPU threads of one worker."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    max_attempts: int = 3
+    """Failures of one run before this launch gives it up; the next launch tries again."""
 
     def __post_init__(self) -> None:
-        for field in ("workers", "threads"):
+        for field in ("workers", "threads", "max_attempts"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InputError(f"launcher.{field} = {value}: must be at least 1")
@@ -46,7 +50,11 @@ class LocalLauncher:
     @property
     def pool_size(self) -> int:
         """Processes at once."""
-        return self.workers or max(1, cpu_count() // self.threads)
+        return self.workers or (1 if self.device == "cuda" else max(1, cpu_count() // self.threads))
+
+    def worker_options(self) -> list[str]:
+        """The worker's options for these settings."""
+        return ["--device", self.device, "--threads", str(self.threads), "--max-attempts", str(self.max_attempts)]
 
 
 def launch(
@@ -80,7 +88,7 @@ def launch(
         check_epochs(grid.specs, manifest)
         specs = [spec.with_digest(manifest.digest) for spec in grid.specs]
         with _launcher_lock(sweep):
-            with _write_errors(sweep):
+            with _file_errors():
                 write_plan(sweep, grid, specs, manifest, overrides)
             return _train(sweep, specs, launcher, wandb, worker_command)
     except BaseException:
@@ -97,7 +105,7 @@ def _train(
     """The pool, and what is left to say when it is through."""
     cpu = find_device("cpu")
     longest_first = sorted(specs, key=lambda spec: run_seconds(spec, cpu), reverse=True)
-    command = list(worker_command or train_worker()) + ([] if wandb == "disabled" else ["--wandb", wandb])
+    command = [*(worker_command or train_worker()), *launcher.worker_options(), "--wandb", wandb]
     threads = str(launcher.threads)
     pool = WorkerPool(
         sweep,
@@ -105,11 +113,15 @@ def _train(
         launcher.pool_size,
         command,
         {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
+        launcher.max_attempts,
     )
     started = time.monotonic()
-    with Progress(sweep, specs) as progress, _write_errors(sweep):
+    with Progress(sweep, specs) as progress, _file_errors():
         try:
             pool.run(progress.update)
+        except WorkerError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         finally:
             write_runs_csv(sweep)
     states = Counter(sweep.run(spec.run_id).state() for spec in specs)
@@ -233,8 +245,9 @@ def _launcher_lock(sweep: SweepDir) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _write_errors(sweep: SweepDir) -> Iterator[None]:
+def _file_errors() -> Iterator[None]:
+    """A full disk, a folder that became read-only: one line instead of a traceback."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write in {sweep.path}: {error.strerror or error}") from None
+        raise InputError(f"{error.filename or 'writing the sweep'}: {error.strerror or error}") from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from scaling.errors import InputError
-from scaling.sweepdir import MAX_ATTEMPTS, SweepDir
+from scaling.sweepdir import SweepDir
 
 POLL_S = 0.2
 RESPAWN_S = 1.0
@@ -50,6 +50,7 @@ class WorkerPool:
         workers: int,
         command: Sequence[str],
         environment: Mapping[str, str],
+        max_attempts: int,
     ) -> None:
         """
         Args:
@@ -58,12 +59,14 @@ class WorkerPool:
             workers: how many processes at once.
             command: a worker's command line; `--sweep DIR --runs ID,ID,…` is added.
             environment: added to this process's own.
+            max_attempts: failures of one run, by an exception or its worker's death, before it is given up.
         """
         self.sweep = sweep
         self.open = {run_id: sweep.run(run_id) for run_id in run_ids}
         self.failed: dict[str, str] = {}
         """Runs given up, with the reason."""
         self._size, self._command, self._environment = workers, list(command), dict(environment)
+        self._max_attempts = max_attempts
         self._first_attempt = {run_id: run.last_attempt() for run_id, run in self.open.items()}
         self._deaths: Counter[str] = Counter()
         self._workers: dict[int, _Worker] = {}
@@ -113,12 +116,15 @@ class WorkerPool:
             held = [run_id for run_id, run in self.open.items() if run.holder() == worker.process.pid]
             for run_id in held:
                 self._deaths[run_id] += 1
-                if self._deaths[run_id] >= MAX_ATTEMPTS:
-                    self._give_up(run_id, f"its worker died {MAX_ATTEMPTS} times: {_ending(status)}", write=True)
+                if self._deaths[run_id] >= self._max_attempts:
+                    self._give_up(
+                        run_id, f"its worker died {self._max_attempts} times: {_ending(status)}", write=True
+                    )
             tried = [run_id for run_id in self.open if self._failures(run_id)]
             for run_id in tried:
-                # a worker that ends in peace has tried as often as it may
-                if (status == 0 and not self.open[run_id].is_leased()) or self._failures(run_id) >= MAX_ATTEMPTS:
+                # a worker that comes to its end (0, or 1 when runs failed) has tried as often as it may
+                over = status in (0, 1) and not self.open[run_id].is_leased()
+                if over or self._failures(run_id) >= self._max_attempts:
                     failure = self.open[run_id].failure()
                     self._give_up(run_id, failure["reason"] if failure else "failed")
             if not held and not tried:

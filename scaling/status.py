@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from scaling.cost import readable_time
 from scaling.errors import InputError, run_command
 from scaling.spec import RunSpec
 from scaling.sweepdir import RunState, SweepDir
 from scaling.table import read_runs_csv
+from scaling.text import readable_time, table
 
 EPILOG = """\
 states: done; diverged (final: its loss blew up); failed (the next launch tries again); running; pending
@@ -28,8 +28,8 @@ def sweep_status(sweep: SweepDir) -> dict[str, Any]:
         InputError: no plan there, or one of a newer schema.
     """
     plan = sweep.plan()
-    table = {} if sweep.runs.exists() else read_runs_csv(sweep)
-    runs = [_run(sweep, spec, table.get(spec.run_id)) for spec in plan.runs]
+    rows = {} if sweep.runs.exists() else read_runs_csv(sweep)
+    runs = [_run(sweep, spec, rows.get(spec.run_id)) for spec in plan.runs]
     counts = Counter(run["state"] for run in runs)
     return {**{state: counts[state] for state in get_args(RunState)}, "total": len(runs), "runs": runs}
 
@@ -73,29 +73,25 @@ def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str
 
 def describe(status: dict[str, Any]) -> str:
     """A table for a reader."""
-    rows = [("run", "width", "depth", "D", "FLOPs", "seed", "state", "%", "loss", "time", "")]
-    for run in status["runs"]:
-        rows.append(
-            (
-                run["run_id"],
-                str(run["width"]),
-                str(run["depth"]),
-                f"{run['n_tokens']:,}",
-                f"{run['flops']:.3g}",
-                str(run["seed"]),
-                run["state"],
-                f"{100 * run['progress']:.0f}",
-                "" if run["loss"] is None else f"{run['loss']:.4f}",
-                "" if run["wall_s"] is None else readable_time(run["wall_s"]),
-                run["reason"] or "",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)) + "  " + row[-1] for row in rows
-    ]
+    heading = ("run", "width", "depth", "D", "FLOPs", "seed", "state", "%", "loss", "time", "")
     counts = ", ".join(f"{status[state]} {state}" for state in get_args(RunState) if status[state])
-    return "\n".join([*(line.rstrip() for line in lines), f"{status['total']} runs: {counts}"])
+    return f"{table([heading, *map(_row, status['runs'])])}\n{status['total']} runs: {counts}"
+
+
+def _row(run: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        run["run_id"],
+        str(run["width"]),
+        str(run["depth"]),
+        f"{run['n_tokens']:,}",
+        f"{run['flops']:.3g}",
+        str(run["seed"]),
+        run["state"],
+        f"{100 * run['progress']:.0f}",
+        "" if run["loss"] is None else f"{run['loss']:.4f}",
+        "" if run["wall_s"] is None else readable_time(run["wall_s"]),
+        run["reason"] or "",
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -29,9 +29,6 @@ from scaling.spec import RunSpec
 
 RunState = Literal["done", "diverged", "failed", "running", "pending"]
 
-MAX_ATTEMPTS = 3
-"""Failures of one run before a launch gives it up; the next launch tries again."""
-
 LEASE_TIMEOUT_S = 60.0
 """A lease of another host whose heartbeat is older than this is dead. On one host the process itself is asked."""
 
@@ -145,9 +142,9 @@ class RunDir:
         failure: dict[str, Any] = read_json(path, "failure")
         return failure
 
-    def write_failure(self, attempt: int, reason: str, **details: Any) -> None:
+    def write_failure(self, attempt: int, reason: str) -> None:
         """Say why an attempt failed: failure.json in its folder."""
-        write_json(self.attempt_dir(attempt) / "failure.json", {"reason": " ".join(reason.split()), **details})
+        write_json(self.attempt_dir(attempt) / "failure.json", {"reason": " ".join(reason.split())})
 
     def state(self) -> RunState:
         """Where the run stands, from its files alone."""
