@@ -229,7 +229,8 @@ def _open_jsonl(file: Path) -> IO[bytes] | gzip.GzipFile:
         except ImportError:
             raise InputError(f"{file} needs the zstandard package: pip install 'isoflop[data]'") from None
         try:
-            return io.BytesIO(zstandard.open(file, "rb").read())
+            with zstandard.open(file, "rb") as stream:
+                return io.BytesIO(stream.read())
         except zstandard.ZstdError as error:
             raise OSError(str(error)) from None
     return open(file, "rb")
