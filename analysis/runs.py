@@ -83,6 +83,24 @@ def load_runs(path: Path | str, columns: Mapping[str, str] | None = None, conven
     )
 
 
+def load_points(path: Path) -> list[tuple[float, float]]:
+    """(N, D) of each row of a file with columns n_params and n_tokens.
+
+    Raises:
+        InputError: missing file or column, or a value that is not a positive number.
+    """
+    frame = _read_file(path) if path.exists() else None
+    if frame is None:
+        raise InputError(f"no points at {path}: give a CSV with columns n_params and n_tokens")
+    names = _match_columns(list(map(str, frame.columns)), {}, "body_head")
+    missing = [c for c in ("n_params", "n_tokens") if c not in names]
+    if missing:
+        raise InputError(f"{path}: no column {' or '.join(missing)}; there are {', '.join(map(str, frame.columns))}")
+    rows = frame.index.to_series() + 2
+    n, d = (_numbers(frame[names[c]], str(path), names[c], rows) for c in ("n_params", "n_tokens"))
+    return [(float(a), float(b)) for a, b in zip(n, d, strict=True)]
+
+
 def _load_sweep(path: Path, convention: str, columns: Mapping[str, str] | None) -> Runs:
     import pandas as pd
 

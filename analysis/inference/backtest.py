@@ -57,11 +57,11 @@ def cuts(data: Points, minimum_cells: int) -> list[float]:
     else:
         edges = np.array([data.log_flops[level == k].max() for k in range(level.max())])
     first = data.log_flops.min() + _LEAST_RANGE
-    edges = [e for e in edges if e >= first and (data.log_flops > e).any()]
-    good = [e for e in edges if data.take(data.log_flops <= e).n_cells >= minimum_cells]
+    usable = [float(e) for e in edges if e >= first and (data.log_flops > e).any()]
+    good = [e for e in usable if data.take(data.log_flops <= e).n_cells >= minimum_cells]
     if len(good) > _MAX_CUTS:
         good = [good[i] for i in np.unique(np.linspace(0, len(good) - 1, _MAX_CUTS).round().astype(int))]
-    return [float(e) for e in good]
+    return good
 
 
 def backtest(

@@ -46,8 +46,8 @@ class FitResult:
     """Standard deviation of ln loss of one run about the law: the larger of seed noise and residual spread."""
     form: FormError
     """Law-form error of an extrapolation."""
-    backtest: tuple[BacktestRow, ...]
-    """Of this law, then of the other candidates."""
+    backtest: tuple[dict[str, Any], ...]
+    """BacktestRows as dictionaries: of this law, then of the other candidates."""
     approaches: dict[str, dict[str, Any]]
     """Chinchilla's three approaches, "1", "2", "3": N* and D* as functions of C, or why there is none."""
     largest_flops: float
@@ -188,7 +188,7 @@ def fit_law(
         seed_noise=seeds,
         run_noise=noise,
         form=form_error([r for r in rows if r.law == form.name], noise),
-        backtest=rows,
+        backtest=tuple(row.to_dict() for row in rows),
         approaches=approaches(everything, None if form.on_frontier else form.parameters(values)),
         largest_flops=float(np.exp(data.log_flops.max())),
         flops_ratio=float(np.exp((data.x[top, 2] - data.x[top, 0] - data.x[top, 1]).mean()) / 6),

@@ -122,7 +122,7 @@ class _Problem:
         """F (B,), gradient (B, p), Hessian (B, p, p) and a positive scale of each parameter (B, p)."""
         c, theta = p[:, : self.k], p[:, self.k :]
         phi = np.exp(-np.tensordot(theta, self.z, axes=([1], [1])))  # (B, k, n)
-        y = np.maximum(np.matmul(c[:, None, :], phi), 1e-300)  # a trial step may put every coefficient at 0
+        y = np.maximum(np.matmul(c[:, None, :], phi), 1e-30)  # a trial step may put every coefficient at 0
         phi /= y  # from here: φ/ŷ
         r = np.log(y[:, 0]) - self.log_loss
         share = c[:, :, None] * phi
@@ -181,9 +181,7 @@ class _Problem:
             small = (np.abs(gain) <= tolerance * (f + 1e-300)) & (better | (damping > 1e6))
             stuck = damping > 1e12
             p[active[better]] = trial[better]
-            state = tuple(
-                np.where(better.reshape(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(state, new, strict=True)
-            )
+            state = _select(better, new, state)
             damping = np.where(better, damping * 0.1, damping * 8).clip(1e-12)
             out_f[active] = state[0]
             finished = small | stuck
@@ -192,8 +190,17 @@ class _Problem:
                 break
             keep = ~finished
             active, damping = active[keep], damping[keep]
-            state = tuple(a[keep] for a in state)
+            state = (state[0][keep], state[1][keep], state[2][keep], state[3][keep])
         return p, out_f, done
+
+
+State = tuple[Floats, Floats, Floats, Floats]
+
+
+def _select(take: np.ndarray, new: State, old: State) -> State:
+    """`new` for the problems to take, `old` for the others."""
+    f, g, h, s = (np.where(take.reshape(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(old, new, strict=True))
+    return f, g, h, s
 
 
 def _damped_step(g: Floats, h: Floats, scale: Floats, damping: Floats, blocked: np.ndarray) -> Floats:
