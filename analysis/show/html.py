@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from analysis.show.numbers import number
 
@@ -40,12 +39,6 @@ def pairs(caption: str, values: Mapping[str, object]) -> str:
         f'<tr><th scope="row">{text(name)}</th><td>{text(value)}</td></tr>' for name, value in values.items()
     )
     return f'<div class="scroll">{title}<table class="pairs"><tbody>{body}</tbody></table></div>'
-
-
-def records(caption: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of mappings: one column for each key, in order of first appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return table(caption, [c.replace("_", " ") for c in columns], [[row.get(c) for c in columns] for row in rows])
 
 
 def notes(lines: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from analysis.inference.points import compute_levels, points
 from analysis.show.numbers import si
 from analysis.show.style import (
     LIGHT,
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from analysis.inference import FitResult
     from analysis.runs import Runs
     from scaling.records import Forecast
-
-BUDGET_TOLERANCE = 0.12
-"""Runs whose log10 FLOPs lie this close to their neighbour's share an IsoFLOP budget."""
 
 
 def _column(table: pd.DataFrame, name: str) -> Floats:
@@ -65,6 +63,9 @@ def frontier(fit: FitResult, table: pd.DataFrame, budgets_flops: Floats) -> tupl
         N* and D*, each of shape (B,).
     """
     n, d = _column(table, "n_params"), _column(table, "n_tokens")
+    if fit.surface.on_frontier:  # a law of C alone: every size with these FLOPs has the same loss
+        best_n = np.sqrt(budgets_flops / (6 * fit.flops_ratio) * np.exp(np.mean(np.log(n / d))))
+        return best_n, budgets_flops / (6 * fit.flops_ratio * best_n)
     centre = np.sqrt(budgets_flops / 6)[:, None] * np.exp(np.mean(np.log(n / d)) / 2)
     sizes = centre * np.geomspace(1 / 300, 300, 6001)
     tokens = budgets_flops[:, None] / (sizes * flops_per_param_token(table, sizes))
@@ -125,12 +126,10 @@ def _mark_forecast(ax: Axes, theme: Theme, x: float, forecast: Forecast) -> None
     )
 
 
-def isoflop_groups(table: pd.DataFrame, most: int = 7) -> list[tuple[float, pd.DataFrame]]:
+def isoflop_groups(runs: Runs, most: int = 7) -> list[tuple[float, pd.DataFrame]]:
     """Runs by compute budget: (geometric mean FLOPs, its runs), for budgets with at least three sizes, ascending."""
-    ordered = table.sort_values("flops")
-    gaps = np.diff(np.log10(_column(ordered, "flops")), prepend=np.nan)
-    label = np.cumsum(gaps > BUDGET_TOLERANCE)
-    groups = [group for _, group in ordered.groupby(label) if group["n_params"].nunique() >= 3]
+    levels = runs.table.groupby(compute_levels(points(runs)))
+    groups = [group for _, group in levels if group["n_params"].nunique() >= 3]
     if len(groups) > most:
         groups = [groups[i] for i in np.linspace(0, len(groups) - 1, most).round().astype(int)]
     return [(float(np.exp(np.log(_column(g, "flops")).mean())), g) for g in groups]
@@ -139,7 +138,7 @@ def isoflop_groups(table: pd.DataFrame, most: int = 7) -> list[tuple[float, pd.D
 def isoflop_curves(fit: FitResult, runs: Runs, theme: Theme = LIGHT) -> Figure:
     """Loss against N for each budget: runs (moved along the surface to the group's mean budget), surface, minima."""
     table = runs.table
-    groups = isoflop_groups(table)
+    groups = isoflop_groups(runs)
     n_all, c_all = _column(table, "n_params"), _column(table, "flops")
     budgets = np.array([b for b, _ in groups]) if groups else np.geomspace(c_all.min(), c_all.max(), 5)
     figure, ax = canvas(

@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from analysis.runs import Runs
     from scaling.records import Forecast
 
+APPROACHES = {"1": "1, lower envelope", "2": "2, IsoFLOP parabolas", "3": "3, fitted surface"}
+BACKTEST: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "law": ("law", str),
+    "fitted up to (FLOPs)": ("cut_flops", numbers.flops),
+    "runs": ("n_fitted", int),
+    "held out": ("n_held_out", int),
+    "up to": ("ratio", lambda ratio: f"{ratio:.1f}×"),
+    "mean error": ("mean_error", lambda error: numbers.percent(-error)),
+    "rms error": ("rms_error", lambda error: f"{error:.2%}"),
+    "inside 50%": ("coverage_50", lambda share: f"{share:.0%}"),
+    "inside 90%": ("coverage_90", lambda share: f"{share:.0%}"),
+}
+"""Column → key of a backtest row and how it is written; its errors are ln(actual / predicted), shown as forecast over actual."""
 PACKAGES = ("isoflop", "numpy", "scipy", "pandas", "matplotlib")
 
 
@@ -206,6 +219,8 @@ def _figures(
             ),
             **draw,
         }
+    if fit.surface.on_frontier:  # a law of C alone says nothing of N and D apart
+        del draw["isoflop"], draw["surface"]
     figures = []
     for name, (caption, plot) in draw.items():
         path = save(plot(LIGHT), out / "plots" / f"{name}.png")
@@ -238,13 +253,19 @@ def _law(fit: FitResult, postmortem: Outcome | None) -> str:
 
 def _evidence(fit: FitResult, runs: Runs, forecast: Forecast | None) -> list[str]:
     blocks = []
-    if fit.approaches:
-        rows = [{"approach": name, **_flat(value)} for name, value in fit.approaches.items()]
-        blocks += ["<h2>Chinchilla's three approaches</h2>", html.records("", rows)]
+    target = forecast.target_flops if forecast else 10 * fit.largest_flops
+    at = f"at {numbers.flops(target)} FLOPs"
+    header = ["approach", "N* ∝ C^a, a", "D* ∝ C^b, b", f"N* {at}", f"D* {at}", ""]
+    rows = [[APPROACHES[name], *_approach(value, target)] for name, value in fit.approaches.items()]
+    blocks += ["<h2>Chinchilla's three approaches</h2>", html.table("", header, rows)]
     if fit.backtest:
         blocks += [
             "<h2>Backtest: the largest budgets held out and forecast from the rest</h2>",
-            html.records("", [_flat(row) for row in fit.backtest]),
+            html.table(
+                "",
+                list(BACKTEST),
+                [[show(row[key]) for key, show in BACKTEST.values()] for row in fit.backtest],
+            ),
         ]
     remarks = list(dict.fromkeys([*fit.warnings, *runs.notes, *(forecast.notes if forecast else [])]))
     if remarks:
@@ -253,31 +274,26 @@ def _evidence(fit: FitResult, runs: Runs, forecast: Forecast | None) -> list[str
     table = runs.table.assign(
         fitted=predicted, error=[numbers.percent(e) for e in runs.table["loss"] / predicted - 1]
     )
-    rows = [_flat(row) for row in table.sort_values("flops").to_dict("records")]
+    shown = [[_plain(cell) for cell in row] for row in table.sort_values("flops").itertuples(index=False)]
     blocks += [
-        f"<h2>Runs</h2><details><summary>{len(rows)} runs, smallest budget first</summary>{html.records('', rows)}</details>"
+        f"<h2>Runs</h2><details><summary>{len(shown)} runs, smallest budget first</summary>{html.table('', list(table), shown)}</details>"
     ]
     return blocks
 
 
-def _flat(value: Any) -> dict[str, Any]:
-    """A mapping's scalars for one row of a table; anything else under "result"."""
-    if not isinstance(value, Mapping):
-        return {"result": _plain(value)}
-    return {str(key): _plain(item) for key, item in value.items()}
+def _approach(value: Mapping[str, Any], target_flops: float) -> list[object]:
+    """A row: both exponents, N* and D* at the target, or why there are none."""
+    if "reason" in value:
+        return [None, None, None, None, value["reason"]]
+    at = [numbers.si(value[f"{k}_coefficient"] * target_flops ** value[f"{k}_exponent"]) for k in ("n", "d")]
+    return [f"{value['n_exponent']:.3f}", f"{value['d_exponent']:.3f}", *at, ""]
 
 
 def _plain(value: Any) -> Any:
-    """numpy's scalars as Python's, whole floats as integers, sequences joined."""
+    """A cell of the runs table: numpy's scalars as Python's, whole floats as integers."""
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return int(value)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(numbers.number(_plain(item)) for item in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {numbers.number(_plain(item))}" for key, item in value.items())
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _provenance(runs: Runs, forecast: Forecast | None, postmortem: Outcome | None) -> list[str]:

@@ -1,0 +1,231 @@
+"""ENTRY: hold a finished flagship against its sealed forecast, and fit the law again with the new point."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scaling.errors import InputError, run_command
+from scaling.files import write_json
+from scaling.records import Forecast, RunRecord
+from scaling.sweepdir import RunDir, check_writable
+
+if TYPE_CHECKING:
+    from analysis.inference import FitResult
+    from analysis.runs import Runs
+    from analysis.show.report import Outcome
+
+NEXT_FACTOR = 10
+"""The next target's compute over the flagship's."""
+
+
+def find_forecast(run: Path, given: Path | None) -> Path:
+    """The forecast of a run: `given`, else forecast.json in the run's folder, else beside that folder.
+
+    Raises:
+        InputError: none there.
+    """
+    if given is not None:
+        return given
+    places = [run / "forecast.json", run.resolve().parent / "forecast.json"]
+    for place in places:
+        if place.exists():
+            return place
+    raise InputError(f"no forecast.json in {places[0].parent} or {places[1].parent}: name it with --forecast PATH")
+
+
+def read_flagship(run: Path, forecast: Forecast) -> RunRecord:
+    """The record of the finished run that the forecast is about.
+
+    Raises:
+        InputError: no run there, not finished, diverged or failed, or another run than the forecast's.
+    """
+    folder = RunDir(run)
+    if not folder.spec_json.exists() and not folder.record_json.exists():
+        raise InputError(f"{run} is not a run's folder: it has neither spec.json nor record.json")
+    record = folder.record()
+    if record is None:
+        raise InputError(f"run {run} has not finished: python -m train.flagship forecast=PATH goes on with it")
+    if record.status != "ok" or record.loss is None:
+        raise InputError(f"run {run} {record.status} ({record.reason or 'no reason recorded'}): it has no final loss")
+    if record.run_id != forecast.spec.run_id:
+        raise InputError(
+            f"run {run} is {record.run_id}, the forecast is about {forecast.spec.run_id}: "
+            "give the flagship of this forecast, or its own forecast with --forecast PATH"
+        )
+    return record
+
+
+def compare(forecast: Forecast, actual_loss: float) -> dict[str, Any]:
+    """The object of postmortem.json. relative_error = forecast / actual − 1, so above 0: the run did better."""
+
+    def inside(interval: tuple[float, float]) -> bool:
+        return interval[0] <= actual_loss <= interval[1]
+
+    return {
+        "forecast_loss": forecast.loss,
+        "actual_loss": actual_loss,
+        "relative_error": forecast.loss / actual_loss - 1,
+        "inside_50": inside(forecast.interval_50),
+        "inside_90": inside(forecast.interval_90),
+        "extrapolation_ratio": forecast.extrapolation_ratio,
+        "seal_ok": forecast.seal == forecast.computed_seal(),
+    }
+
+
+def find_sweep(forecast: Forecast, path: Path) -> Path | None:
+    """The sweep that the forecast at `path` was made from, if it is still where the forecast says.
+
+    Its path is tried from here, from the forecast's folder, and from the folder above (for the copy in a run's folder).
+    """
+    home = path.resolve().parent
+    for base in (Path(), home, home.parent):
+        if (base / forecast.sweep).exists():
+            return base / forecast.sweep
+    return None
+
+
+def fitted_runs(forecast: Forecast, sweep: Path) -> Runs:
+    """The runs that the forecast was fitted on, read again.
+
+    Raises:
+        InputError: the sweep no longer has all of them.
+    """
+    from analysis.runs import load_runs
+
+    runs = load_runs(sweep, convention=forecast.convention.get("params", "body_head"))
+    table = runs.table[runs.table["run_id"].isin(forecast.run_ids)]
+    if lost := sorted(set(forecast.run_ids) - set(table["run_id"])):
+        raise InputError(f"sweep {sweep} has lost {len(lost)} of the forecast's runs ({', '.join(lost[:3])} …)")
+    return dataclasses.replace(runs, table=table.reset_index(drop=True))
+
+
+def with_flagship(runs: Runs, record: RunRecord) -> Runs:
+    """The runs and the flagship, counted in the runs' convention."""
+    import pandas as pd
+
+    row = {
+        "run_id": record.run_id,
+        "status": record.status,
+        "n_params": record.params[runs.convention["params"]],
+        "n_tokens": record.tokens,
+        "flops": record.flops["exact"],
+        "loss": record.loss,
+        "seed": record.spec.seed,
+        "width": record.spec.shape.width,
+        "depth": record.spec.shape.depth,
+        "peak_lr": record.spec.optim.peak_lr,
+        "batch_tokens": record.spec.batch_tokens,
+    }
+    kept = {name: [value] for name, value in row.items() if name in runs.table}
+    return dataclasses.replace(runs, table=pd.concat([runs.table, pd.DataFrame(kept)], ignore_index=True))
+
+
+def next_target(before: FitResult, after: FitResult, runs: Runs, flops: float) -> dict[str, Any]:
+    """Loss at `flops`, at the refitted law's compute-optimal N and D, as both laws forecast it."""
+    import numpy as np
+
+    from analysis.show.plots import frontier
+
+    n, d = (float(value[0]) for value in frontier(after, runs.table, np.array([flops])))
+    out: dict[str, Any] = {"flops": flops, "n_params": n, "n_tokens": d}
+    for key, fit in (("_before", before), ("", after)):
+        out[f"loss{key}"] = float(fit.predict(n, d))
+        out[f"interval_90{key}"] = tuple(float(side) for side in fit.predict_interval(n, d, 0.9))
+    return out
+
+
+def refit(run: Path, forecast: Forecast, record: RunRecord, sweep: Path) -> tuple[FitResult, Runs, Outcome]:
+    """The law as it was, the runs it was fitted on, and the outcome with the law fitted on them and the flagship."""
+    from analysis.inference import fit_law
+    from analysis.show.report import Outcome
+
+    assert record.loss is not None
+    runs = fitted_runs(forecast, sweep)
+    law = max(forecast.laws, key=lambda used: float(used["weight"]))["name"]
+    before, after = fit_law(runs, law=law), fit_law(with_flagship(runs, record), law=law)
+    target = next_target(before, after, runs, NEXT_FACTOR * record.flops["exact"])
+    return before, runs, Outcome(compare(forecast, record.loss), RunDir(run).metrics(), str(run), after, target)
+
+
+def _summary_text(forecast: Forecast, summary: dict[str, Any]) -> str:
+    from analysis.show.numbers import interval, percent
+
+    inside = (
+        "inside the 50%" if summary["inside_50"] else "inside the 90%" if summary["inside_90"] else "outside the 90%"
+    )
+    return (
+        f"forecast   {forecast.loss:.4f} nats per token   50% {interval(forecast.interval_50, 4)}   "
+        f"90% {interval(forecast.interval_90, 4)}\n"
+        f"actual     {summary['actual_loss']:.4f} nats per token   {inside} interval\n"
+        f"error      {percent(summary['relative_error'])} (forecast over actual, less one)\n"
+        f"reach      {forecast.extrapolation_ratio:.1f}× the largest run's compute ({forecast.extrapolation_colour}); "
+        f"sealed {forecast.created}, seal {forecast.seal[:12]}… intact"
+    )
+
+
+def _refit_text(before: FitResult, outcome: Outcome) -> str:
+    from analysis.show.numbers import flops, interval, si
+
+    after, target = outcome.refit, outcome.next_target
+    assert after is not None
+    lines = [f"{'law ' + before.law:<24} {'before':>12} {'with the flagship':>20}"]
+    lines += [
+        f"{name:<24} {value:>12.5g} {after.parameters[name]:>20.5g}" for name, value in before.parameters.items()
+    ]
+    lines += [
+        f"\nnext, {flops(target['flops'])} FLOPs with {si(target['n_params'])} parameters on "
+        f"{si(target['n_tokens'])} tokens:",
+        f"  before              {target['loss_before']:.4f}   90% {interval(target['interval_90_before'], 4)}",
+        f"  with the flagship   {target['loss']:.4f}   90% {interval(target['interval_90'], 4)}",
+    ]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.postmortem",
+        description="Forecast against fact: how far the flagship's loss is from its sealed forecast, whether it fell in "
+        "the intervals, and the law fitted again with the new point.",
+        epilog="Writes postmortem.json, and, where the forecast's sweep is at hand, report.html and plots/.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the flagship's run folder (the one with record.json)")
+    parser.add_argument("--forecast", type=Path, help="default: forecast.json in the run's folder, or beside it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: the run's folder")
+    parser.add_argument(
+        "--json", metavar="-", choices=["-"], help="- : print the object of postmortem.json, nothing else"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Compare, refit where the sweep is at hand, write and print."""
+    args = _parser().parse_args(argv)
+    path = find_forecast(args.run, args.forecast)
+    forecast = Forecast.read(path)
+    record = read_flagship(args.run, forecast)
+    assert record.loss is not None
+    out = args.out or args.run
+    check_writable(out)
+
+    summary = compare(forecast, record.loss)
+    sweep = find_sweep(forecast, path)
+    said, written = [_summary_text(forecast, summary)], [out / "postmortem.json"]
+    if sweep is None:
+        said.append(f"the forecast's sweep {forecast.sweep} is not here: no refit, no report")
+    else:
+        from analysis.show.report import write_report
+
+        before, runs, outcome = refit(args.run, forecast, record, sweep)
+        said.append(_refit_text(before, outcome))
+        written += [write_report(out, before, runs, forecast, outcome), out / "plots"]
+    write_json(out / "postmortem.json", summary)
+    said.append("wrote " + ", ".join(map(str, written)))
+    print(json.dumps(summary) if args.json else "\n\n".join(said))
+
+
+if __name__ == "__main__":
+    run_command(main)
