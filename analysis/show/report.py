@@ -274,9 +274,10 @@ def _evidence(fit: FitResult, runs: Runs, forecast: Forecast | None) -> list[str
     table = runs.table.assign(
         fitted=predicted, error=[numbers.percent(e) for e in runs.table["loss"] / predicted - 1]
     )
+    header = list(map(str, table.columns))
     shown = [[_plain(cell) for cell in row] for row in table.sort_values("flops").itertuples(index=False)]
     blocks += [
-        f"<h2>Runs</h2><details><summary>{len(shown)} runs, smallest budget first</summary>{html.table('', list(table), shown)}</details>"
+        f"<h2>Runs</h2><details><summary>{len(shown)} runs, smallest budget first</summary>{html.table('', header, shown)}</details>"
     ]
     return blocks
 
