@@ -1,0 +1,227 @@
+"""Learning-rate and batch laws from a sweep of learning rate × batch × size: optima by parabola, then a power law.
+
+    peak_lr = c · N^a · D^b,   batch_tokens = c · D^b      (the form of Step Law, arXiv 2503.04715)
+
+At one (N, D) and one batch, loss near its minimum is a parabola in ln(peak_lr); over batches, those minima are one in
+ln(batch). Where the sweep holds D/N fixed, a and b are not separable: then b = 0, and a carries both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from analysis.laws.surface import Floats
+from analysis.runs import Runs
+from scaling.errors import InputError
+
+WINDOW = 0.03
+"""Runs within this relative loss of their cell's best enter its parabola (at least four do): further out it is none."""
+_LEAST_POINTS = 4
+_SEPARABLE = 0.2
+_NOISE_FLOOR = 5e-4
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """loss = loss_min·(1 + ½·curvature·(u − u_min)²) in u = ln(hyperparameter)."""
+
+    minimum: float
+    """u at the minimum, held inside the measured range."""
+    loss: float
+    curvature: float
+    """Relative: of ln loss. 0 where the points show no minimum."""
+    sd: float
+    """Standard deviation of `minimum`."""
+    inside: bool
+    """Whether the minimum lies inside the measured range, so that it was measured and not extrapolated."""
+
+    def regret(self, u: float) -> float:
+        """Relative loss above the minimum when the hyperparameter is e^u."""
+        return 0.5 * self.curvature * (u - self.minimum) ** 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The optimum at one (N, D)."""
+
+    n_params: float
+    n_tokens: float
+    n_runs: int
+    lr: Parabola
+    """Of ln peak_lr, at the best batch."""
+    batch: Parabola
+    """Of ln batch_tokens; its sd is infinite where the batch was not varied."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: optimum, interval and what being off by 2× costs."""
+        low, high = np.exp(self.lr.minimum + np.array([-1.96, 1.96]) * self.lr.sd)
+        return {
+            "n_params": self.n_params,
+            "n_tokens": self.n_tokens,
+            "n_runs": self.n_runs,
+            "peak_lr": float(np.exp(self.lr.minimum)),
+            "peak_lr_interval_95": [float(low), float(high)],
+            "peak_lr_inside": self.lr.inside,
+            "batch_tokens": float(np.exp(self.batch.minimum)),
+            "batch_inside": self.batch.inside,
+            "loss": self.lr.loss,
+            "penalty_lr_2x": self.lr.regret(self.lr.minimum + float(np.log(2))),
+        }
+
+
+@dataclass(frozen=True)
+class HyperLaw:
+    """coefficient · N^n_exponent · D^d_exponent with 95% half-widths of the exponents (None: fixed at 0)."""
+
+    coefficient: float
+    n_exponent: float
+    d_exponent: float
+    n_half_width: float | None
+    d_half_width: float | None
+
+    def __call__(self, n: float, d: float) -> float:
+        return float(self.coefficient * n**self.n_exponent * d**self.d_exponent)
+
+
+def fit_parabola(u: Floats, loss: Floats) -> Parabola:
+    """The minimum of loss over u = ln(hyperparameter); duplicates of u (seeds) are averaged by the fit.
+
+    With fewer than three different u there is no parabola: the best point, of infinite uncertainty.
+    """
+    best = int(np.argmin(loss))
+    distinct = len(np.unique(u.round(9)))
+    if distinct < 3:
+        return Parabola(float(u[best]), float(loss[best]), 0.0, float("inf"), False)
+    keep = loss <= loss[best] * (1 + WINDOW)
+    if len(np.unique(u[keep].round(9))) < _LEAST_POINTS:
+        nearest = np.unique(u.round(9))[np.argsort(np.abs(np.unique(u.round(9)) - u[best]))[:_LEAST_POINTS]]
+        keep = np.isin(u.round(9), nearest)
+    x, y = u[keep], np.log(loss[keep])
+    centre = float(x.mean())
+    design = np.vander(x - centre, 3)
+    coefficients, *_ = np.linalg.lstsq(design, y, rcond=None)
+    a, b, c = (float(v) for v in coefficients)
+    if a <= 0:
+        return Parabola(float(u[best]), float(loss[best]), 0.0, float("inf"), False)
+    at = -b / (2 * a)
+    residual = y - design @ coefficients
+    noise = max(float(residual @ residual) / max(len(x) - 3, 1), _NOISE_FLOOR**2)
+    covariance = noise * np.linalg.inv(design.T @ design)
+    slope = np.array([b / (2 * a * a), -1 / (2 * a), 0.0])
+    sd = float(np.sqrt(slope @ covariance @ slope))
+    low, high = float(u.min()), float(u.max())
+    held = min(max(at + centre, low), high)
+    ln_loss = c - b * b / (4 * a) + a * (held - centre - at) ** 2
+    return Parabola(held, float(np.exp(ln_loss)), 2 * a, sd, low < at + centre < high)
+
+
+def cells(runs: Runs) -> list[Cell]:
+    """The optimum of every (N, D) with at least three learning rates at some batch, by N and then D.
+
+    Raises:
+        InputError: the table has no peak_lr, or no cell has three learning rates.
+    """
+    table = runs.table
+    if "peak_lr" not in table:
+        raise InputError(f"{runs.source}: no column peak_lr: a recipe needs runs at several learning rates")
+    if "batch_tokens" not in table:
+        table = table.assign(batch_tokens=1.0)
+    found = []
+    for (n, d), cell in _groups(table):
+        per_batch = []
+        for batch, group in cell.groupby("batch_tokens"):
+            lr, loss = group["peak_lr"].to_numpy(float), group["loss"].to_numpy(float)
+            if len(np.unique(lr)) >= 3:
+                per_batch.append((float(np.log(batch)), fit_parabola(np.log(lr), loss), len(group)))
+        if per_batch:
+            found.append(_cell(n, d, per_batch))
+    if not found:
+        raise InputError(f"{runs.source}: no size has runs at three or more learning rates (e.g. +grid=lr)")
+    return found
+
+
+def _groups(table: Any) -> list[tuple[tuple[float, float], Any]]:
+    """Cells of one N and of D equal within 5%: whole batches round D differently at each batch."""
+    out = []
+    for n, size in table.groupby("n_params"):
+        d = size["n_tokens"].to_numpy(float)
+        level = np.concatenate([[0], np.cumsum(np.diff(np.sort(np.log(d))) > 0.05)])[
+            np.argsort(np.argsort(d, kind="stable"))
+        ]
+        out += [((float(n), float(np.median(d[level == k]))), size[level == k]) for k in range(level.max() + 1)]
+    return out
+
+
+def _cell(n: float, d: float, per_batch: Sequence[tuple[float, Parabola, int]]) -> Cell:
+    ln_batch = np.array([b for b, _, _ in per_batch])
+    count = sum(c for _, _, c in per_batch)
+    batch = fit_parabola(ln_batch, np.array([p.loss for _, p, _ in per_batch]))
+    measured = sorted(per_batch, key=lambda item: item[0])
+    at = float(np.interp(batch.minimum, [b for b, _, _ in measured], [p.minimum for _, p, _ in measured]))
+    nearest = min(per_batch, key=lambda item: abs(item[0] - batch.minimum))[1]
+    return Cell(n, d, count, Parabola(at, batch.loss, nearest.curvature, nearest.sd, nearest.inside), batch)
+
+
+def fit_power(found: Sequence[Cell], what: str, separable: bool) -> HyperLaw:
+    """Least squares of ln(optimum) on 1 and ln N (what="lr", with ln D where separable) or 1 and ln D (what="batch")."""
+    parabolas = [c.lr if what == "lr" else c.batch for c in found]
+    y = np.array([p.minimum for p in parabolas])
+    sd = np.array([p.sd if np.isfinite(p.sd) else np.log(2) for p in parabolas])
+    columns = {"n": np.log([c.n_params for c in found]), "d": np.log([c.n_tokens for c in found])}
+    use = ["d"] if what == "batch" else ["n", "d"] if separable else ["n"]
+    x = np.column_stack([np.ones(len(y)), *(columns[u] for u in use)])
+    weight = 1 / np.maximum(sd, 0.05)
+    theta, *_ = np.linalg.lstsq(x * weight[:, None], y * weight, rcond=None)
+    residual = (y - x @ theta) * weight
+    scatter = max(
+        1.0, float(residual @ residual) / max(len(y) - x.shape[1], 1)
+    )  # never less than the optima's own sd
+    half = 1.96 * np.sqrt(scatter * np.diag(np.linalg.pinv((x * weight[:, None]).T @ (x * weight[:, None]))))
+    value = dict(zip(use, theta[1:], strict=True))
+    width = dict(zip(use, half[1:], strict=True))
+    return HyperLaw(
+        float(np.exp(theta[0])),
+        float(value.get("n", 0.0)),
+        float(value.get("d", 0.0)),
+        float(width["n"]) if "n" in width else None,
+        float(width["d"]) if "d" in width else None,
+    )
+
+
+def is_separable(found: Sequence[Cell]) -> bool:
+    """Whether ln D varies enough apart from ln N, over at least four cells, to tell their exponents apart."""
+    n, d = (np.log([getattr(c, f) for c in found]) for f in ("n_params", "n_tokens"))
+    if len(found) < 4 or len(np.unique(n.round(6))) < 2:
+        return False
+    slope, intercept = np.polyfit(n, d, 1)
+    return bool(np.std(d - slope * n - intercept) > _SEPARABLE)
+
+
+def one_size_out(found: Sequence[Cell], separable: bool) -> list[dict[str, Any]]:
+    """For each size with two others: the LR law fitted without it, asked about it; regret by the size's own parabola."""
+    sizes = sorted({c.n_params for c in found})
+    out = []
+    for size in sizes if len(sizes) >= 3 else []:
+        rest = [c for c in found if c.n_params != size]
+        law = fit_power(rest, "lr", separable and is_separable(rest))
+        out += check(law, [c for c in found if c.n_params == size])
+    return out
+
+
+def check(law: HyperLaw, found: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Predicted against measured optimum, and the loss given up by using the prediction, relative."""
+    return [
+        {
+            "n_params": c.n_params,
+            "n_tokens": c.n_tokens,
+            "predicted_peak_lr": law(c.n_params, c.n_tokens),
+            "measured_peak_lr": float(np.exp(c.lr.minimum)),
+            "measured_inside": c.lr.inside,
+            "regret": c.lr.regret(float(np.log(law(c.n_params, c.n_tokens)))),
+        }
+        for c in found
+    ]
