@@ -20,7 +20,7 @@ CLEAR_WIN = 0.8
 """A special case replaces Chinchilla's law when its backtest error is below this times that of Chinchilla's law."""
 
 _MAX_CUTS = 6
-_LEAST_RANGE = 1.0
+_LEAST_RANGE = 0.7
 _DRAWS = 100
 
 
@@ -50,7 +50,7 @@ class BacktestRow:
 
 
 def cuts(data: Points, minimum_cells: int) -> list[float]:
-    """ln C of up to six cuts between compute levels; below each, at least `minimum_cells` cells over a factor e in C."""
+    """ln C of up to six cuts between compute levels; below each, at least `minimum_cells` cells over a factor 2 in C."""
     level = compute_levels(data)
     if level.max() + 1 > len(data) / 2:  # no budgets: runs anywhere
         edges = np.quantile(data.log_flops, np.linspace(0.4, 0.9, _MAX_CUTS))

@@ -99,7 +99,7 @@ def _side_by_side(approaches: dict[str, Any], allocations: Sequence[Allocation])
 
 def _backtest(fit: FitResult) -> str:
     if not fit.backtest:
-        return "  none: it takes runs over a factor e in compute below a cut, and some above it"
+        return "  none: it takes runs over a factor 2 in compute below a cut, and some above it"
     rows = [
         (
             flops(r["cut_flops"]),
