@@ -81,7 +81,7 @@ class Trainer:
             model = Decoder(spec.shape, spec.precision)
         self.model = model.to_empty(device=self.device)
         self.model.initialise(spec.seed)
-        self.optimizers = Optimizers(self.model, spec.optim)
+        self.optimizers = Optimizers(self.model, spec.optim, spec.precision)
         self.loader = Loader(corpus.train, spec.shape.seq_len, spec.batch_tokens, spec.seed)
         self.progress = Progress()
         self.parameters = list(self.model.parameters())
@@ -201,6 +201,7 @@ def _train(spec: RunSpec, run: RunDir, host: Host, lease: Lease) -> RunRecord:
     state = checkpoint.load_latest(run.checkpoints)
     if state is not None:
         trainer.load_state_dict(state)
+    wall_before = trainer.progress.wall_s
     log = MetricsLog(
         lease.folder / "metrics.jsonl",
         start_wandb(host.wandb, spec.run_id, run.path.parent.parent.name, spec.to_dict(), lease.folder),
@@ -213,7 +214,7 @@ def _train(spec: RunSpec, run: RunDir, host: Host, lease: Lease) -> RunRecord:
             loss = _steps(trainer, run, lease, log, began)
         except Diverged as error:
             status, reason = "diverged", str(error)
-    trainer.progress.wall_s += time.monotonic() - began
+    trainer.progress.wall_s = wall_before + time.monotonic() - began
     lease.check()
     run.merge_metrics()
     record = _record(trainer, lease, status, loss, reason)

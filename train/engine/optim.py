@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from scaling.spec import OptimSpec
+from train.engine.muon import Muon
+from train.model.precision import compute_dtype
 
 
 class Optimizers:
@@ -18,7 +22,7 @@ class Optimizers:
     AdamW's root mean square, .2·√max(rows, columns) (Liu et al. 2025, arXiv 2502.16982), so one peak_lr serves both.
     """
 
-    def __init__(self, model: nn.Module, spec: OptimSpec) -> None:
+    def __init__(self, model: nn.Module, spec: OptimSpec, precision: str) -> None:
         self.spec = spec
         layers, head, rest = [], [], []
         for name, parameter in model.named_parameters():
@@ -31,43 +35,35 @@ class Optimizers:
         muon = spec.name == "muon"
         decay, ratio = spec.weight_decay, spec.adamw_lr_ratio if muon else 1.0
         groups = [
-            {"params": head + ([] if muon else layers), "weight_decay": decay, "lr_ratio": ratio},
-            {"params": rest, "weight_decay": 0.0, "lr_ratio": ratio},
+            {"params": head + ([] if muon else layers), "weight_decay": decay},
+            {"params": rest, "weight_decay": 0.0},
         ]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [g for g in groups if g["params"]],
-                lr=spec.peak_lr,
-                betas=(spec.beta1, spec.beta2),
-                eps=spec.eps,
-                fused=True,
-            )
-        ]
-        if muon:
-            self.optimizers.append(
-                torch.optim.Muon(
-                    [{"params": layers, "lr_ratio": 1.0}],
-                    lr=spec.peak_lr,
-                    weight_decay=decay,
-                    momentum=spec.momentum,
-                    nesterov=True,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+        self.adamw_ratio = ratio
+        self.adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=spec.peak_lr,
+            betas=(spec.beta1, spec.beta2),
+            eps=spec.eps,
+            fused=True,
+        )
+        self.muon = Muon(layers, spec.momentum, decay, compute_dtype(precision)) if muon else None
 
     def step(self, lr_factor: float) -> None:
         """One update at lr_factor × peak_lr; gradients are cleared."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.spec.peak_lr * group["lr_ratio"] * lr_factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        lr = self.spec.peak_lr * lr_factor
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * self.adamw_ratio
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        if self.muon is not None:
+            self.muon.step(lr)
 
-    def state_dict(self) -> list[dict[str, object]]:
-        """The optimizers' states, in order."""
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizers' states."""
+        return {"adamw": self.adamw.state_dict(), "muon": None if self.muon is None else self.muon.state_dict()}
 
-    def load_state_dict(self, states: list[dict[str, object]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        self.adamw.load_state_dict(state["adamw"])
+        if self.muon is not None:
+            self.muon.load_state_dict(state["muon"])

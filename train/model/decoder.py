@@ -140,8 +140,9 @@ class Decoder(nn.Module):
         self.lm_head = Linear(shape.width, shape.vocab_size)
         if shape.tied_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, table in zip(("cos", "sin"), rotary_tables(shape), strict=True):
-            self.register_buffer(name, table.to(self.dtype), persistent=False)
+        for name in ("cos", "sin"):
+            table_TK = torch.empty(shape.seq_len, 1, shape.dim_per_head, dtype=self.dtype)
+            self.register_buffer(name, table_TK, persistent=False)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Final-norm output (B, T, D) in the compute dtype, for ids (B, T), T ≤ seq_len: what the head reads."""
@@ -162,11 +163,15 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw the initial weights: normal, σ = fan_in^-½ (residual outputs ÷ √(2·depth)); gains 1.
+        """Fill the rotary tables and draw the initial weights: normal, σ = fan_in^-½ (residual outputs ÷ √(2·depth)); gains 1.
 
         Each tensor has its own generator, seeded by (seed, its name), so that the weights do not depend on the order
-        of construction, nor on where the tensor lives.
+        of construction, nor on where the tensor lives. For a model built on the meta device this follows `to_empty`.
         """
+        if self.shape.tied_embeddings:  # to_empty makes the two names two tensors
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for buffer, table in zip((self.cos, self.sin), rotary_tables(self.shape), strict=True):
+            buffer.copy_(table)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
