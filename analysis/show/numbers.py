@@ -13,13 +13,12 @@ def si(value: float, digits: int = 3) -> str:
     if not value or not math.isfinite(value):
         return f"{value:g}"
     value = float(f"{value:.{digits - 1}e}")  # round first: 999,999 is 1M
-    power = min(max(math.floor(math.log10(abs(value)) / 3 + 1e-9), 0), len(PREFIXES) - 1)
+    if abs(value) < 1:
+        return f"{value:.{digits}g}"
+    power = min(math.floor(math.log10(abs(value)) / 3 + 1e-9), len(PREFIXES) - 1)
     scaled = value / 1000**power
-    whole_digits = len(str(int(abs(scaled)))) if abs(scaled) >= 1 else 1
-    text = f"{scaled:.{max(digits - whole_digits, 0)}f}"
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return text + PREFIXES[power]
+    text = f"{scaled:.{max(digits - len(str(int(abs(scaled)))), 0)}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + PREFIXES[power]
 
 
 def flops(value: float) -> str:

@@ -136,7 +136,9 @@ def isoflop_groups(runs: Runs, most: int = 7) -> list[tuple[float, pd.DataFrame]
 
 
 def isoflop_curves(fit: FitResult, runs: Runs, theme: Theme = LIGHT) -> Figure:
-    """Loss against N for each budget: runs (moved along the surface to the group's mean budget), surface, minima."""
+    """Loss against N for each budget: runs (moved along the surface to the group's mean budget), the surface, its minima,
+    and where approach 2 found them by a parabola through each budget's runs.
+    """
     table = runs.table
     groups = isoflop_groups(runs)
     n_all, c_all = _column(table, "n_params"), _column(table, "flops")
@@ -171,6 +173,10 @@ def isoflop_curves(fit: FitResult, runs: Runs, theme: Theme = LIGHT) -> Figure:
         label="minimum",
         zorder=4,
     )
+    parabolas = fit.approaches["2"].get("minima", [])
+    if parabolas:
+        where = [[m[key] for m in parabolas] for key in ("n_params", "loss")]
+        ax.plot(*where, "s", color=theme.ink, markerfacecolor="none", markersize=9, label="parabola's", zorder=5)
     si_log_axis(ax, "x")
     loss_log_axis(ax)
     legend(ax, theme, title="C (FLOPs)", loc="center left", bbox_to_anchor=(1.0, 0.5))

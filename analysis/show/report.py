@@ -255,9 +255,10 @@ def _evidence(fit: FitResult, runs: Runs, forecast: Forecast | None) -> list[str
     blocks = []
     target = forecast.target_flops if forecast else 10 * fit.largest_flops
     at = f"at {numbers.flops(target)} FLOPs"
-    header = ["approach", "N* ∝ C^a, a", "D* ∝ C^b, b", f"N* {at}", f"D* {at}", ""]
+    header = ["approach", "N* ∝ C^a, a", "D* ∝ C^b, b", f"N* {at}", f"D* {at}"]
     rows = [[APPROACHES[name], *_approach(value, target)] for name, value in fit.approaches.items()]
     blocks += ["<h2>Chinchilla's three approaches</h2>", html.table("", header, rows)]
+    blocks += [f'<p class="soft">{html.text(line)}</p>' for line in _silent_approaches(fit)]
     if fit.backtest:
         blocks += [
             "<h2>Backtest: the largest budgets held out and forecast from the rest</h2>",
@@ -270,24 +271,31 @@ def _evidence(fit: FitResult, runs: Runs, forecast: Forecast | None) -> list[str
     remarks = list(dict.fromkeys([*fit.warnings, *runs.notes, *(forecast.notes if forecast else [])]))
     if remarks:
         blocks += ["<h2>Warnings and notes</h2>", html.notes(remarks)]
-    predicted = fit.predict(runs.table["n_params"].to_numpy(float), runs.table["n_tokens"].to_numpy(float))
-    table = runs.table.assign(
-        fitted=predicted, error=[numbers.percent(e) for e in runs.table["loss"] / predicted - 1]
-    )
-    header = list(map(str, table.columns))
-    shown = [[_plain(cell) for cell in row] for row in table.sort_values("flops").itertuples(index=False)]
-    blocks += [
-        f"<h2>Runs</h2><details><summary>{len(shown)} runs, smallest budget first</summary>{html.table('', header, shown)}</details>"
-    ]
+    blocks += ["<h2>Runs</h2>", _runs(fit, runs)]
     return blocks
 
 
+def _runs(fit: FitResult, runs: Runs) -> str:
+    """Every run with its fitted loss, folded away."""
+    table = runs.table.sort_values("flops")
+    predicted = fit.predict(table["n_params"].to_numpy(float), table["n_tokens"].to_numpy(float))
+    table = table.assign(fitted=predicted, error=[numbers.percent(e) for e in predicted / table["loss"] - 1])
+    rows = [[_plain(cell) for cell in row] for row in table.itertuples(index=False)]
+    body = html.table("", list(map(str, table.columns)), rows)
+    return f"<details><summary>{len(rows)} runs, smallest budget first</summary>{body}</details>"
+
+
 def _approach(value: Mapping[str, Any], target_flops: float) -> list[object]:
-    """A row: both exponents, N* and D* at the target, or why there are none."""
+    """A row: both exponents, N* and D* at the target; dashes where the data do not permit it."""
     if "reason" in value:
-        return [None, None, None, None, value["reason"]]
+        return [None] * 4
     at = [numbers.si(value[f"{k}_coefficient"] * target_flops ** value[f"{k}_exponent"]) for k in ("n", "d")]
-    return [f"{value['n_exponent']:.3f}", f"{value['d_exponent']:.3f}", *at, ""]
+    return [f"{value['n_exponent']:.3f}", f"{value['d_exponent']:.3f}", *at]
+
+
+def _silent_approaches(fit: FitResult) -> list[str]:
+    """Why an approach has no answer."""
+    return [f"Approach {name}: {value['reason']}." for name, value in fit.approaches.items() if "reason" in value]
 
 
 def _plain(value: Any) -> Any:

@@ -109,7 +109,9 @@ def make_sweep(path: Path) -> None:
 
     specs = [run(flops, width, 0) for flops, widths in CELLS.items() for width in widths]
     specs += [run(flops, width, seed) for flops, width in REPLICATED for seed in (1, 2)]
-    plan = Plan("sweep", "demo", ["+grid=demo"], "2026-01-01T00:00:00Z", "abc", FAMILY, to_dict(recipe), manifest, specs)
+    plan = Plan(
+        "sweep", "demo", ["+grid=demo"], "2026-01-01T00:00:00Z", "abc", FAMILY, to_dict(recipe), manifest, specs
+    )
     sweep = SweepDir(path)
     plan.write(sweep.plan_json)
     noise = np.random.default_rng(0).normal(0, 0.003, len(specs))
