@@ -47,6 +47,8 @@ class Host:
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     progress: bool = False
     """A progress bar on stderr."""
+    eval_points: int | None = None
+    """Evaluations in the run; None: as many as its spec says."""
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -153,7 +155,7 @@ class Trainer:
 
     def is_evaluation_step(self) -> bool:
         """Whether the step just done is one of the run's evenly spaced evaluations; the last step is one."""
-        step, steps, points = self.progress.step, self.spec.steps, self.spec.eval.points
+        step, steps, points = self.progress.step, self.spec.steps, self.host.eval_points or self.spec.eval.points
         return step * points // steps > (step - 1) * points // steps
 
 

@@ -1,0 +1,128 @@
+"""ENTRY python -m train.flagship forecast=PATH: the full-size run that a sealed forecast asks for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from scaling import compose
+from scaling.config import from_dict
+from scaling.cost import run_seconds
+from scaling.errors import InputError, run_command
+from scaling.hardware import cpu_count, find_device
+from scaling.launch import LocalLauncher
+from scaling.records import Forecast
+from scaling.sweepdir import RunDir, check_writable
+from scaling.text import readable_time
+
+HELP = """\
+usage: python -m train.flagship forecast=PATH [SETTING=VALUE …]
+
+Trains the run that forecast.json asks for, with the same loop as the sweep's runs; the same command resumes it.
+Refuses a forecast that was changed after it was sealed.
+
+settings:
+  forecast=PATH        forecast.json, written by python -m analysis.fit --out DIR
+  run.dir=DIR          the run's folder (default: flagship/ beside the forecast)
+  run.threads=N        CPU threads (default: every core)
+  launcher.device=cpu  cpu | cuda
+  wandb.mode=disabled  disabled | offline | online
+  dry_run=true         print what would be trained, and how long it may take; start nothing
+
+exit status: 0 done, 1 diverged, 2 bad input, 130 interrupted
+"""
+
+
+@dataclass(frozen=True)
+class FlagshipRun:
+    """Where and how the flagship runs."""
+
+    dir: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class FlagshipSettings:
+    """conf/flagship.yaml with the command line on it."""
+
+    forecast: str | None
+    run: FlagshipRun
+    launcher: LocalLauncher
+    wandb: Literal["disabled", "offline", "online"]
+    dry_run: bool
+
+
+def read_settings(argv: Sequence[str]) -> FlagshipSettings:
+    """Compose and read strictly."""
+    config = compose.plain(compose.load("flagship", argv))
+    return from_dict(
+        FlagshipSettings,
+        {
+            "forecast": config["forecast"],
+            "run": config["run"],
+            "launcher": config["launcher"],
+            "wandb": config["wandb"]["mode"],
+            "dry_run": config["dry_run"],
+        },
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the seal, then train."""
+    if any(text in ("-h", "--help", "help") for text in argv):
+        print(HELP.rstrip())
+        return 0
+    settings = read_settings(argv)
+    if settings.forecast is None:
+        raise InputError("no forecast: give forecast=PATH, the forecast.json of python -m analysis.fit --out DIR")
+    path = Path(settings.forecast)
+    forecast = Forecast.read(path)
+    spec = forecast.spec
+    run = RunDir(Path(settings.run.dir) if settings.run.dir else path.parent / "flagship")
+    threads = settings.run.threads or cpu_count()
+    device = find_device(settings.launcher.device)
+    print(
+        f"flagship {spec.run_id}: width {spec.shape.width}, depth {spec.shape.depth}, {spec.params.body_head:,} parameters,"
+        f" {spec.tokens:,} tokens, {spec.flops:.3g} FLOPs ({forecast.extrapolation_ratio:.1f}× the largest run)\n"
+        f"sealed forecast {forecast.loss:.4f}, 90% {forecast.interval_90[0]:.4f} to {forecast.interval_90[1]:.4f}; "
+        f"about {readable_time(run_seconds(spec, device))} of one {device.name}{' core' if device.name == 'cpu' else ''}"
+    )
+    if settings.dry_run:
+        return 0
+    check_writable(run.path)
+    _claim_folder(run, path, spec.run_id)
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch reads it
+    from train.engine import Host, train
+    from train.engine.signals import install_handlers
+
+    install_handlers()
+    progress = sys.stderr.isatty()
+    record = train(
+        spec, run, Host(settings.launcher.device, threads, wandb=settings.wandb, progress=progress, eval_points=20)
+    )
+    if record.status != "ok":
+        print(f"flagship {record.status}: {record.reason}")
+        return 1
+    print(f"flagship done: loss {record.loss:.4f} nats per token, {record.tokens_per_s:,.0f} tokens/s")
+    return 0
+
+
+def _claim_folder(run: RunDir, forecast: Path, run_id: str) -> None:
+    """Leave a copy of the sealed forecast in the run's folder; refuse a folder that belongs to another run."""
+    if run.spec_json.exists() and run.spec().run_id != run_id:
+        raise InputError(
+            f"{run.path} holds run {run.spec().run_id}, the forecast asks for {run_id}: give another run.dir"
+        )
+    copy = run.path / "forecast.json"
+    if not copy.exists():
+        shutil.copyfile(forecast, copy)
+
+
+if __name__ == "__main__":
+    run_command(main)
