@@ -21,9 +21,9 @@ def si(value: float, digits: int = 3) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text) + PREFIXES[power]
 
 
-def flops(value: float) -> str:
+def flops(value: float, digits: int = 2) -> str:
     """FLOPs: 3.02e12."""
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    mantissa, _, exponent = f"{value:.{digits}e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
 
 

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from analysis.inference.points import compute_levels, points
-from analysis.show.numbers import si
+from analysis.show.numbers import flops, si
 from analysis.show.style import (
     LIGHT,
     Floats,
@@ -35,6 +34,9 @@ if TYPE_CHECKING:
     from analysis.inference import FitResult
     from analysis.runs import Runs
     from scaling.records import Forecast
+
+BUDGET_WIDTH = 0.35
+"""ln of the most by which the compute of runs of one IsoFLOP budget differs: rounding, or a digitised figure's error."""
 
 
 def _column(table: pd.DataFrame, name: str) -> Floats:
@@ -127,9 +129,16 @@ def _mark_forecast(ax: Axes, theme: Theme, x: float, forecast: Forecast) -> None
 
 
 def isoflop_groups(runs: Runs, most: int = 7) -> list[tuple[float, pd.DataFrame]]:
-    """Runs by compute budget: (geometric mean FLOPs, its runs), for budgets with at least three sizes, ascending."""
-    levels = runs.table.groupby(compute_levels(points(runs)))
-    groups = [group for _, group in levels if group["n_params"].nunique() >= 3]
+    """Runs by compute budget: (geometric mean FLOPs, its runs), for budgets with at least three sizes, ascending.
+
+    A budget is a window of BUDGET_WIDTH from its smallest run up; of more than `most`, evenly spread ones are taken.
+    """
+    table = runs.table.sort_values("flops")
+    label, start = [], -np.inf
+    for log_flops in np.log(_column(table, "flops")):
+        start = log_flops if log_flops - start > BUDGET_WIDTH else start
+        label.append(start)
+    groups = [group for _, group in table.groupby(label) if group["n_params"].nunique() >= 3]
     if len(groups) > most:
         groups = [groups[i] for i in np.linspace(0, len(groups) - 1, most).round().astype(int)]
     return [(float(np.exp(np.log(_column(g, "flops")).mean())), g) for g in groups]
@@ -156,7 +165,7 @@ def isoflop_curves(fit: FitResult, runs: Runs, theme: Theme = LIGHT) -> Figure:
     for i, budget in enumerate(budgets):
         curve = fit.predict(span, budget / (span * flops_per_param_token(table, span)))
         shown = curve <= ceiling
-        ax.plot(span[shown], curve[shown], color=colours[i], linewidth=1.8, label=f"{budget:.1e}")
+        ax.plot(span[shown], curve[shown], color=colours[i], linewidth=1.8, label=flops(budget, 1))
         if groups:
             group = groups[i][1]
             n, d, loss = (_column(group, name) for name in ("n_params", "n_tokens", "loss"))
@@ -248,16 +257,15 @@ def _label_places(
         (N, D) by level, for the levels that have a place inside.
     """
     span = np.array([x[-1] - x[0], y[-1] - y[0]])
-    rows, columns = (slice(round(0.07 * len(v)), round(0.93 * len(v))) for v in (y, x))
-    inner = np.stack(np.meshgrid(x[columns], y[rows]), axis=-1).reshape(-1, 2)
-    clearance = np.min(np.linalg.norm((inner[:, None] - points) / span, axis=-1), axis=1)
-    log_loss = np.log(loss[rows, columns]).ravel()
-    width = np.abs(np.diff(np.log(loss), axis=0)).max()
+    rows, columns = (slice(round(0.08 * len(v)), round(0.92 * len(v))) for v in (y, x))
+    inner = np.stack(np.meshgrid(x[columns], y[rows]), axis=-1)
+    clearance = np.min(np.linalg.norm((inner[:, :, None] - points) / span, axis=-1), axis=2)
     places = {}
     for level in levels:
-        on_contour = np.abs(log_loss - np.log(level)) < width
-        if on_contour.any():
-            n, d = np.exp(inner[np.argmax(np.where(on_contour, clearance, -1))])
+        crossing = np.diff(np.signbit(loss[rows, columns] - level), axis=0)
+        if crossing.any():
+            at = np.unravel_index(np.argmax(np.where(crossing, clearance[:-1], -1)), crossing.shape)
+            n, d = np.exp(inner[at])
             places[float(level)] = (float(n), float(d))
     return places
 
@@ -307,8 +315,7 @@ def residuals(
             forecast.spec.flops, missed, "*", color=theme.actual, markersize=13, label="flagship, over its forecast"
         )
         legend(ax, theme, loc="best")
-    reach = 1.15 * max(float(np.abs(ax.dataLim.intervaly).max()), 0.1)
-    ax.set_ylim(-reach, reach)
+    ax.margins(y=0.12)
     flops_axis(ax)
     size_bar(figure, ax, sizes, params_label(runs.convention), theme)
     return figure
