@@ -6,8 +6,9 @@ takes a millisecond where a composition takes fifty: a grid composes once per ch
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from scaling.errors import InputError, unknown
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
+@cache
 def groups() -> dict[str, list[str]]:
     """The config groups and their options."""
     return {
@@ -71,43 +73,37 @@ def expand(texts: Iterable[str]) -> list[list[str]]:
     return product
 
 
-def keys(node: DictConfig) -> list[str]:
+def keys(node: Mapping[str, Any]) -> list[str]:
     """Every dotted key of a configuration that holds a value."""
     out = []
-    for key in map(str, node):
-        value = node._get_node(key)
-        out += [f"{key}.{k}" for k in keys(value)] if isinstance(value, DictConfig) and len(value) else [key]
+    for key, value in node.items():
+        out += [f"{key}.{k}" for k in keys(value)] if isinstance(value, dict) and value else [key]
     return out
 
 
-def _exists(config: DictConfig, key: str) -> bool:
-    node: Any = config
-    for part in key.split("."):
-        if not isinstance(node, DictConfig) or part not in node:
-            return False
-        node = node._get_node(part)
-    return True
-
-
-def update(config: DictConfig, overrides: Iterable[str]) -> DictConfig:
+def update(config: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `config` with single values set; groups are left to `load`.
 
     Raises:
         InputError: a key that the configuration does not have.
     """
-    config = config.copy()
+    out = copy.deepcopy(dict(config))
     for text in overrides:
         override = parse_override(text)
-        key = override.key_or_group
         if _is_group(override):
             continue
-        if not _exists(config, key):
-            raise _unknown_key(config, key)
-        OmegaConf.update(config, key, override.value(), merge=True)
-    return config
+        *folders, last = override.key_or_group.split(".")
+        node: Any = out
+        for folder in folders:
+            node = node.get(folder) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise _unknown_key(out, override.key_or_group)
+        value = override.value()
+        node[last] = node[last] | value if isinstance(value, dict) and isinstance(node[last], dict) else value
+    return out
 
 
-def _unknown_key(config: DictConfig, key: str) -> InputError:
+def _unknown_key(config: Mapping[str, Any], key: str) -> InputError:
     """Suggests the nearest of all settings; lists those beside it, or the top level where there is no such group."""
     every = keys(config)
     leaves: dict[str, list[str]] = {}
@@ -116,12 +112,12 @@ def _unknown_key(config: DictConfig, key: str) -> InputError:
     near = difflib.get_close_matches(key, every, n=1, cutoff=0.6)
     near = near or [full for leaf in difflib.get_close_matches(key, leaves, n=1) for full in leaves[leaf]]
     head = key.partition(".")[0]
-    beside = [name for name in every if name.startswith(f"{head}.")] or [str(name) for name in config]
+    beside = [name for name in every if name.startswith(f"{head}.")] or list(config)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return InputError(f"unknown override {key!r}: {hint}valid: {', '.join(sorted(beside))}; --help lists all")
 
 
-def load(name: str, overrides: Sequence[str]) -> DictConfig:
+def load(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration `conf/NAME.yaml` with overrides on it; later ones win.
 
     Raises:
@@ -139,32 +135,14 @@ def load(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 @cache
-def _compose(name: str, choices: tuple[tuple[str, str], ...]) -> DictConfig:
-    in_defaults = {
-        key
-        for entry in OmegaConf.load(CONF / f"{name}.yaml").defaults
-        if isinstance(entry, DictConfig)
-        for key in entry
-    }
-    extra = [f"{'' if group in in_defaults else '+'}{group}={choice}" for group, choice in choices]
+def _compose(name: str, choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    defaults = OmegaConf.load(CONF / f"{name}.yaml").defaults
+    listed = {key for entry in defaults if isinstance(entry, DictConfig) for key in entry}
+    chosen = [f"{'' if group in listed else '+'}{group}={choice}" for group, choice in choices]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose(name, extra)
+            config = OmegaConf.to_container(compose(name, chosen), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(f"conf/{name}.yaml does not compose: {error}") from None
-    OmegaConf.set_struct(config, False)
-    return config
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """Dictionaries, lists and scalars, interpolations resolved.
-
-    Raises:
-        InputError: an interpolation that leads nowhere.
-    """
-    try:
-        out = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(str(error)) from None
-    assert isinstance(out, dict)
-    return {str(key): value for key, value in out.items()}
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}

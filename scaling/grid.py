@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from omegaconf import DictConfig
-
 from scaling import compose
 from scaling.accounting import count_params, flops_per_token
 from scaling.config import from_dict
@@ -216,10 +214,10 @@ def read_grid(name: str) -> Grid:
     return _grid(compose.load("sweep", [f"grid={name}"]))
 
 
-def _grid(config: DictConfig) -> Grid:
+def _grid(config: Mapping[str, Any]) -> Grid:
     if "grid" not in config:
         return Grid(name="custom", description="the command line's own")
-    return from_dict(Grid, compose.plain(config)["grid"], "grid")
+    return from_dict(Grid, config["grid"], "grid")
 
 
 def expand_grid(overrides: Sequence[str]) -> GridRuns:
@@ -234,7 +232,7 @@ def expand_grid(overrides: Sequence[str]) -> GridRuns:
     command = [text for text in overrides if text not in own_axes]
     grid = _grid(compose.load("sweep", command))
     base = [*grid.overrides, *command]
-    config = _load(base)
+    config = compose.load("sweep", base)
     sweep = from_dict(SweepSettings, config["sweep"], "sweep")
 
     axes = [f"{key}={values}" for key, values in grid.axes.items() if key not in named] + own_axes
@@ -244,7 +242,7 @@ def expand_grid(overrides: Sequence[str]) -> GridRuns:
         for listed in grid.points or [[]]:
             point = [text for text in listed if compose.parse_override(text).key_or_group not in named]
             for chosen in compose.expand(point):
-                settings = run_settings(_load([*base, *product, *chosen])).scaled(sweep.compute_scale)
+                settings = run_settings(compose.load("sweep", [*base, *product, *chosen])).scaled(sweep.compute_scale)
                 settings = dataclasses.replace(settings, seed=settings.seed + sweep.seed_offset)
                 spec = settings.run()
                 specs.setdefault(spec.run_id, spec)
@@ -252,7 +250,3 @@ def expand_grid(overrides: Sequence[str]) -> GridRuns:
                 if hyper.note:
                     notes[hyper.note] = None
     return GridRuns(grid, config, sweep, run_settings(config), list(specs.values()), list(notes))
-
-
-def _load(overrides: list[str]) -> dict[str, Any]:
-    return compose.plain(compose.load("sweep", overrides))

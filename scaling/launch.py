@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from scaling.cost import run_seconds
 from scaling.errors import InputError
 from scaling.grid import GridRuns
 from scaling.hardware import cpu_count, find_device
-from scaling.pool import WorkerError, WorkerPool, train_worker
+from scaling.pool import WorkerError, WorkerPool, terminate_as_interrupt, train_worker
 from scaling.progress import Progress
 from scaling.provenance import git_commit, utc_now
 from scaling.records import DataManifest, Plan
@@ -79,24 +80,31 @@ def launch(
     Raises:
         InputError: a folder that cannot be written, a corpus that cannot be used or is too small, another sweep's folder.
     """
-    first = grid.specs[0]
     check_one_corpus(grid.specs)
     existed = sweep.path.exists()
     check_writable(sweep.path)
     try:
-        manifest = planned_corpus(sweep, first) or prepare_corpus(first.data, first.shape.vocab_size)
-        check_epochs(grid.specs, manifest)
-        specs = [spec.with_digest(manifest.digest) for spec in grid.specs]
-        with _launcher_lock(sweep):
-            with _file_errors():
-                write_plan(sweep, grid, specs, manifest, overrides)
-            return _train(sweep, specs, launcher, wandb, worker_command)
+        with terminate_as_interrupt():
+            first = grid.specs[0]
+            manifest = planned_corpus(sweep, first) or prepare_corpus(first.data, first.shape.vocab_size)
+            check_epochs(grid.specs, manifest)
+            specs = [spec.with_digest(manifest.digest) for spec in grid.specs]
+            with _launcher_lock(sweep):
+                with _file_errors():
+                    write_plan(sweep, grid, specs, manifest, overrides)
+                return _train(sweep, specs, launcher, wandb, worker_command)
     except BaseException:
         if not existed and not sweep.plan_json.exists():
-            sweep.lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                sweep.path.rmdir()
+            _remove_empty(sweep)
         raise
+
+
+def _remove_empty(sweep: SweepDir) -> None:
+    """Leave nothing of a sweep that could not be planned."""
+    sweep.lock.unlink(missing_ok=True)
+    shutil.rmtree(sweep.runs, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        sweep.path.rmdir()
 
 
 def _train(

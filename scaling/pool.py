@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from scaling.errors import InputError
-from scaling.sweepdir import SweepDir
+from scaling.sweepdir import LAUNCH_VARIABLE, SweepDir
 
 POLL_S = 0.2
 RESPAWN_S = 1.0
@@ -66,8 +66,7 @@ class WorkerPool:
         self.failed: dict[str, str] = {}
         """Runs given up, with the reason."""
         self._size, self._command, self._environment = workers, list(command), dict(environment)
-        self._max_attempts = max_attempts
-        self._first_attempt = {run_id: run.last_attempt() for run_id, run in self.open.items()}
+        self._max_attempts, self._launch = max_attempts, os.urandom(8).hex()
         self._deaths: Counter[str] = Counter()
         self._workers: dict[int, _Worker] = {}
         self._idle_exits = 0
@@ -79,18 +78,17 @@ class WorkerPool:
         Raises:
             InputError: a worker refused its input.
             WorkerError: workers end again and again without trying a run.
-            KeyboardInterrupt: interrupted (SIGINT or SIGTERM); the workers have written their checkpoints.
+            KeyboardInterrupt: interrupted; the workers have written their checkpoints.
         """
-        with _terminate_as_interrupt():
-            try:
-                while self._close_finished():
-                    self._reap()
-                    self._spawn()
-                    on_poll()
-                    time.sleep(POLL_S)
-            finally:
-                self._stop()
+        try:
+            while self._close_finished():
+                self._reap()
+                self._spawn()
                 on_poll()
+                time.sleep(POLL_S)
+        finally:
+            self._stop()
+            on_poll()
 
     def _close_finished(self) -> bool:
         """Drop the runs that are done or given up; whether any is left."""
@@ -100,12 +98,6 @@ class WorkerPool:
         for run_id in self.failed:
             self.open.pop(run_id, None)
         return bool(self.open)
-
-    def _failures(self, run_id: str) -> int:
-        """Attempts of this launch that failed by an exception."""
-        run = self.open[run_id]
-        attempts = range(self._first_attempt[run_id] + 1, run.last_attempt() + 1)
-        return sum((run.attempt_dir(attempt) / "failure.json").exists() for attempt in attempts)
 
     def _reap(self) -> None:
         for slot, worker in list(self._workers.items()):
@@ -120,11 +112,11 @@ class WorkerPool:
                     self._give_up(
                         run_id, f"its worker died {self._max_attempts} times: {_ending(status)}", write=True
                     )
-            tried = [run_id for run_id in self.open if self._failures(run_id)]
+            tried = [run_id for run_id in self.open if self.open[run_id].failures(self._launch)]
             for run_id in tried:
                 # a worker that comes to its end (0, or 1 when runs failed) has tried as often as it may
                 over = status in (0, 1) and not self.open[run_id].is_leased()
-                if over or self._failures(run_id) >= self._max_attempts:
+                if over or self.open[run_id].failures(self._launch) >= self._max_attempts:
                     failure = self.open[run_id].failure()
                     self._give_up(run_id, failure["reason"] if failure else "failed")
             if not held and not tried:
@@ -173,7 +165,7 @@ class WorkerPool:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **self._environment},
+                env={**os.environ, **self._environment, LAUNCH_VARIABLE: self._launch},
                 process_group=0,  # a terminal's Ctrl-C goes to the launcher alone, which then asks the workers
             )
         return _Worker(process, log)
@@ -205,7 +197,7 @@ def _ending(status: int) -> str:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """While inside, SIGTERM raises KeyboardInterrupt as SIGINT does (where signals can be handled: the main thread)."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -129,7 +129,7 @@ def help_text() -> str:
     return HELP.format(
         grids="\n".join(grids),
         groups="\n".join(others),
-        settings="\n".join(f"  {line}" for line in _settings(compose.plain(compose.load("sweep", [])))),
+        settings="\n".join(f"  {line}" for line in _settings(compose.load("sweep", []))),
     ).rstrip()
 
 

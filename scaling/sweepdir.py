@@ -29,6 +29,9 @@ from scaling.spec import RunSpec
 
 RunState = Literal["done", "diverged", "failed", "running", "pending"]
 
+LAUNCH_VARIABLE = "ISOFLOP_LAUNCH"
+"""Environment variable by which a launcher's workers know their launch: failures are counted by launch."""
+
 LEASE_TIMEOUT_S = 60.0
 """A lease of another host whose heartbeat is older than this is dead. On one host the process itself is asked."""
 
@@ -142,6 +145,16 @@ class RunDir:
         failure: dict[str, Any] = read_json(path, "failure")
         return failure
 
+    def failures(self, launch: str) -> int:
+        """How many attempts by workers of this launch have failed."""
+        count = 0
+        for attempt in range(1, self.last_attempt() + 1):
+            folder = self.attempt_dir(attempt)
+            if (folder / "failure.json").exists():
+                with contextlib.suppress(OSError, ValueError):
+                    count += json.loads((folder / "lease.json").read_text()).get("launch") == launch
+        return count
+
     def write_failure(self, attempt: int, reason: str) -> None:
         """Say why an attempt failed: failure.json in its folder."""
         write_json(self.attempt_dir(attempt) / "failure.json", {"reason": " ".join(reason.split())})
@@ -186,7 +199,13 @@ class RunDir:
         pid = os.getpid()
         write_json(
             folder / "lease.json",
-            {"host": socket.gethostname(), "boot_id": _boot_id(), "pid": pid, "started": _process_started(pid)},
+            {
+                "host": socket.gethostname(),
+                "boot_id": _boot_id(),
+                "pid": pid,
+                "started": _process_started(pid),
+                "launch": os.environ.get(LAUNCH_VARIABLE),
+            },
         )
         lease = Lease(self, attempt)
         if self.record_json.exists():  # done between the look and the lease

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def settings() -> list[str]:
 def cli(cache: Path, tmp_path: Path) -> Run:
     """Run `python -m MODULE ARGS` in an empty folder."""
 
-    def run(module: str, *args: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    def run(module: str, *args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "ISOFLOP_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             [sys.executable, "-m", module, *args],
@@ -47,6 +48,7 @@ def cli(cache: Path, tmp_path: Path) -> Run:
             cwd=tmp_path,
             env=environment,
             timeout=120,
+            **kwargs,
         )
 
     return run

@@ -13,7 +13,7 @@ from pathlib import Path
 from scaling.accounting import FLOPS_CONVENTIONS, PARAMS_CONVENTIONS, training_flops
 from scaling.records import RunRecord
 from scaling.spec import RunSpec
-from scaling.sweepdir import RunDir, SweepDir
+from scaling.sweepdir import LAUNCH_VARIABLE, RunDir, SweepDir
 
 
 def record(spec: RunSpec, attempt: int, status: str) -> RunRecord:
@@ -43,7 +43,7 @@ def record(spec: RunSpec, attempt: int, status: str) -> RunRecord:
 
 
 def attempt(run: RunDir, behaviour: str | None) -> bool:
-    """Try one run. Returns False when it is not free."""
+    """Try one run. Returns False when it is not free, or done."""
     lease = run.acquire()
     if lease is None:
         return False
@@ -77,8 +77,8 @@ def main() -> None:
     for run_id in args.runs.split(","):
         run = sweep.run(run_id)
         told = behaviour.get(str(run.spec().seed))
-        for _ in range(3 if told and told.startswith("raise") else 1):
-            attempt(run, told)
+        while run.failures(os.environ[LAUNCH_VARIABLE]) < 3 and attempt(run, told):
+            pass
 
 
 if __name__ == "__main__":
