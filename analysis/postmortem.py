@@ -41,7 +41,8 @@ def read_flagship(run: Path, forecast: Forecast) -> RunRecord:
     """The record of the finished run that the forecast is about.
 
     Raises:
-        InputError: no run there, not finished, diverged or failed, or another run than the forecast's.
+        InputError: no run there, not finished, diverged or failed, another run than the forecast's, or one that was
+            started on another forecast (the flagship keeps a copy of the one it was started on).
     """
     folder = RunDir(run)
     if not folder.spec_json.exists() and not folder.record_json.exists():
@@ -55,6 +56,12 @@ def read_flagship(run: Path, forecast: Forecast) -> RunRecord:
         raise InputError(
             f"run {run} is {record.run_id}, the forecast is about {forecast.spec.run_id}: "
             "give the flagship of this forecast, or its own forecast with --forecast PATH"
+        )
+    kept = run / "forecast.json"
+    if kept.exists() and (seal := Forecast.read(kept).seal) != forecast.seal:
+        raise InputError(
+            f"run {run} was started on the forecast sealed {seal[:12]}…, this one's seal is {forecast.seal[:12]}…: "
+            f"only {kept} was made before the run"
         )
     return record
 

@@ -321,8 +321,9 @@ def _provenance(runs: Runs, forecast: Forecast | None, postmortem: Outcome | Non
         commands.append(" ".join(["python -m scaling.sweep", *plan.overrides]))
     if forecast:
         facts |= {"forecast sealed": forecast.created, "seal (sha256)": forecast.seal}
-        commands.append(f"python -m analysis.fit --data {runs.source} --budget {forecast.target_flops:g}")
-        commands.append("python -m train.flagship forecast=forecast.json")
+        budget = f"{forecast.target_flops:g}".replace("e+", "e")
+        commands.append(f"python -m analysis.fit --data {runs.source} --budget {budget} --out DIR")
+        commands.append("python -m train.flagship forecast=DIR/forecast.json")
     if postmortem:
         commands.append(f"python -m analysis.postmortem {postmortem.run}")
     shown = "\n".join(commands)

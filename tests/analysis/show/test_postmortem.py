@@ -124,6 +124,14 @@ def test_another_run_than_the_forecasts_is_refused(copy, demo):
         postmortem.main([str(copy / "sweep" / "runs" / other), "--forecast", str(copy / "forecast.json")])
 
 
+def test_a_forecast_sealed_after_the_run_started_is_refused(copy, demo):
+    shutil.copy(copy / "forecast.json", copy / "flagship" / "forecast.json")
+    later = dataclasses.replace(demo.forecast, loss=demo.flagship.loss)
+    dataclasses.replace(later, seal=later.computed_seal()).write(copy / "forecast.json")
+    with pytest.raises(InputError, match="was started on the forecast sealed"):
+        postmortem.main([str(copy / "flagship"), "--forecast", str(copy / "forecast.json")])
+
+
 def test_a_sweep_that_lost_runs_is_refused(copy, demo):
     (copy / "sweep" / "runs" / demo.forecast.run_ids[0] / "record.json").unlink()
     with pytest.raises(InputError, match="has lost 1 of the forecast's runs"):
