@@ -243,7 +243,7 @@ def _numbers(column: pd.Series, source: str, name: str, rows: pd.Series) -> np.n
         i = int(bad[0])
         more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
         raise InputError(
-            f"{source}: row {rows.iloc[i]}, column {name!r}: {column.iloc[i]!r} is not a positive number{more}; "
+            f"{source}: row {rows.iloc[i]}, column {name!r}: {_shown(column.iloc[i])} is not a positive number{more}; "
             "correct or remove it"
         )
     return values
@@ -259,3 +259,7 @@ def _third_column(out: pd.DataFrame, names: Mapping[str, str]) -> list[str]:
         out["n_params"] = out["flops"] / (6.0 * out["n_tokens"])
     missing = [c for c in REQUIRED[:3] if c not in names]
     return [f"{missing[0]} from C = 6·N·D"] if missing else []
+
+
+def _shown(value: Any) -> str:
+    return repr(value.item() if isinstance(value, np.generic) else value)

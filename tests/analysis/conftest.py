@@ -82,3 +82,12 @@ def make_sweep(tmp_path: Path) -> Callable[..., Path]:
         return sweep.path
 
     return make
+
+
+@pytest.fixture
+def golden() -> Path:
+    """../shared/golden, published runs that the repository does not contain."""
+    path = Path(__file__).resolve().parents[3] / "shared" / "golden"
+    if not path.is_dir():
+        pytest.skip(f"golden data are not at {path}")
+    return path

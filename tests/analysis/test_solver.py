@@ -1,0 +1,108 @@
+"""The solver: known surfaces recovered, the published minimum reached, bounds honoured."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis.inference.solver import HUBER_DELTA, huber, resolve, solve
+from analysis.laws.surface import Floats, get_law, log_variables
+
+
+def _grid() -> tuple[Floats, Floats]:
+    budgets, ratios = np.meshgrid(np.geomspace(1e17, 1e21, 5), np.geomspace(1 / 8, 8, 9))
+    n = np.sqrt(budgets / 6 / 20).ravel() * ratios.ravel()
+    return n, budgets.ravel() / 6 / n
+
+
+def epoch(golden: Path) -> tuple[Floats, Floats]:
+    frame = pd.read_csv(golden / "epoch_svg" / "points.csv").sort_values("loss").iloc[:-5]
+    n, c = frame["Model Size"].to_numpy(float), frame["Training FLOP"].to_numpy(float)
+    return log_variables(n, c / (6 * n), c), frame["loss"].to_numpy(float)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    e=st.floats(0.5, 2.5), alpha=st.floats(0.15, 0.6), beta=st.floats(0.15, 0.6), share=st.floats(0.2, 0.8)
+)  # fmt: skip
+def test_noise_free_surfaces_are_recovered(e: float, alpha: float, beta: float, share: float) -> None:
+    n, d = _grid()
+    a, b = share * 2 * np.median(n) ** alpha, (1 - share) * 2 * np.median(d) ** beta
+    loss = e + a * n**-alpha + b * d**-beta
+    found = solve(get_law("chinchilla"), log_variables(n, d), loss)
+    assert found.objective[0] < 1e-18
+    assert found.values[0] == pytest.approx([e, a, b, alpha, beta], rel=1e-4)
+
+
+def test_epoch_points_reach_the_published_minimum(golden: Path) -> None:
+    x, loss = epoch(golden)
+    law = get_law("chinchilla")
+    found = solve(law, x, loss)
+    assert found.objective[0] <= 0.00101827402
+    assert found.converged[0]
+    p = law.parameters(found.values[0])
+    assert p["E"] == pytest.approx(1.81722, abs=1e-5)
+    assert p["A"] == pytest.approx(477.826, abs=0.01)
+    assert p["B"] == pytest.approx(2143.417, abs=0.05)
+    assert (p["alpha"], p["beta"]) == pytest.approx((0.347310, 0.367172), abs=2e-6)
+    started = time.process_time()
+    solve(law, x, loss)
+    assert time.process_time() - started < 0.2  # 10 ms here; slack for a busy machine
+
+
+def test_the_minimum_is_stationary_and_no_start_beats_it() -> None:
+    rng = np.random.default_rng(3)
+    n, d = _grid()
+    loss = (1.7 + 400 / n**0.34 + 410 / d**0.28) * np.exp(0.01 * rng.standard_normal(len(n)))
+    law, x = get_law("chinchilla"), log_variables(n, d)
+    best = solve(law, x, loss)
+
+    def objective(v: Floats) -> float:
+        return float(huber(np.log(law.predict(law.parameters(v), n, d) / loss), HUBER_DELTA).sum())
+
+    assert objective(best.values[0]) == pytest.approx(best.objective[0], rel=1e-9)
+    for _ in range(200):
+        moved = best.values[0] * np.exp(1e-3 * rng.standard_normal(5))
+        assert objective(moved) >= best.objective[0] * (1 - 1e-9)
+
+
+def test_a_floor_that_data_deny_is_zero_not_negative() -> None:
+    n, d = _grid()
+    loss = np.exp(-0.004 * np.log(6 * n * d / 1e17) ** 2) * (200 / n**0.25 + 200 / d**0.25)  # bends below a power law
+    law = get_law("chinchilla")
+    found = solve(law, log_variables(n, d), loss)
+    p = law.parameters(found.values[0])
+    assert p["E"] == 0
+    pinned = solve(get_law("chinchilla_no_floor"), log_variables(n, d), loss)
+    assert found.objective[0] == pytest.approx(pinned.objective[0], rel=1e-6)
+
+
+def test_unit_weights_give_the_fit_and_repeated_rows_equal_weights() -> None:
+    rng = np.random.default_rng(0)
+    n, d = _grid()
+    loss = (1.7 + 400 / n**0.34 + 410 / d**0.28) * np.exp(0.01 * rng.standard_normal(len(n)))
+    law, x = get_law("chinchilla"), log_variables(n, d)
+    best = solve(law, x, loss)
+    counts = rng.multinomial(len(n), np.full(len(n), 1 / len(n)), size=2).astype(float)
+    refit = resolve(law, x, loss, best.values[0], np.vstack([np.ones(len(n)), counts]))
+    assert refit.values[0] == pytest.approx(best.values[0], rel=1e-6)
+    rows = np.repeat(np.arange(len(n)), counts[0].astype(int))
+    repeated = solve(law, x[rows], loss[rows])
+    assert refit.objective[1] == pytest.approx(repeated.objective[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["frontier", "frontier_no_floor", "tied", "tied_no_floor", "chinchilla_no_floor"])
+def test_every_law_is_recovered_from_its_own_predictions(name: str) -> None:
+    law = get_law(name)
+    true = law.parameters({"frontier": [1.6, 95.18, 0.0941], "frontier_no_floor": [90.0, 0.09]}.get(
+        name, [*([1.5] if "E" in law.free else []), 300.0, 500.0, 0.3, *([0.35] if "beta" in law.free else [])]
+    ))  # fmt: skip
+    n, d = _grid()
+    found = solve(law, log_variables(n, d), law.predict(true, n, d))
+    assert law.parameters(found.values[0]) == pytest.approx(true, rel=1e-4, abs=1e-9)
