@@ -141,17 +141,20 @@ class WorkerPool:
             raise WorkerError(f"workers end without training ({_ending(status)}); the end of {worker.log}:\n{tail}")
 
     def _spawn(self) -> None:
-        waiting = sum(
-            run_id not in self.failed and not run.record_json.exists() and not run.is_leased()
-            for run_id, run in self.open.items()
-        )
-        if not waiting or time.monotonic() - self._spawned_s < RESPAWN_S:
-            return
-        starting = sum(
-            all(run.holder() != w.process.pid for run in self.open.values()) for w in self._workers.values()
-        )
+        """Fill the free places, as far as there are runs that nobody holds and no worker is on its way to."""
         free = [slot for slot in range(self._size) if slot not in self._workers]
-        for slot in free[: max(0, waiting - starting)]:
+        if not free or time.monotonic() - self._spawned_s < RESPAWN_S:
+            return
+        waiting = [
+            run_id
+            for run_id, run in self.open.items()
+            if run_id not in self.failed and not run.record_json.exists() and not run.is_leased()
+        ]
+        if not waiting:
+            return
+        holders = {run.holder() for run in self.open.values()}
+        starting = sum(worker.process.pid not in holders for worker in self._workers.values())
+        for slot in free[: max(0, len(waiting) - starting)]:
             self._workers[slot] = self._start(slot)
             self._spawned_s = time.monotonic()
 
