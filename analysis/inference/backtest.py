@@ -110,26 +110,36 @@ def score(rows: Sequence[BacktestRow]) -> float:
     return float(np.sqrt(np.mean([r.rms_error**2 for r in rows]))) if rows else float("inf")
 
 
-def choose_law(data: Points, noise: float, delta: float = HUBER_DELTA) -> tuple[SurfaceLaw, tuple[BacktestRow, ...]]:
+@dataclass(frozen=True)
+class Choice:
+    """The law that a fit goes by, and what its rivals are worth."""
+
+    law: SurfaceLaw
+    rows: tuple[BacktestRow, ...]
+    """The backtest of every candidate."""
+    weights: dict[str, float]
+    """Of every candidate, (least rms error / its rms error)⁴, summing to 1; empty without a backtest."""
+
+
+def choose_law(data: Points, noise: float, delta: float = HUBER_DELTA) -> Choice:
     """Chinchilla's law, unless one of its special cases predicts held-out compute clearly better (CLEAR_WIN).
 
     All candidates are judged at the same cuts: those that leave Chinchilla's law enough runs, or, in a sweep too small
     for that, its special cases.
-
-    Returns:
-        The law, and the backtest of every candidate.
     """
     laws = [get_law(name) for name in CANDIDATES if len(get_law(name).free) <= data.n_cells]
     at: list[float] = next((c for law in laws if (c := cuts(data, len(law.free) + 1))), [])
     table = {law.name: backtest(law, data, noise, at, delta) for law in laws}
-    rows = tuple(row for law_rows in table.values() for row in law_rows)
-    if not rows:
-        return get_law("chinchilla"), rows
     most = max(len(r) for r in table.values())
+    if most == 0:
+        return Choice(laws[0], (), {})
     full = [law for law in laws if len(table[law.name]) == most]
-    best = min(full, key=lambda law: score(table[law.name]))
-    first = full[0]
-    return (best if score(table[best.name]) < CLEAR_WIN * score(table[first.name]) else first), rows
+    scores = {law.name: score(table[law.name]) for law in full}
+    best = min(full, key=lambda law: scores[law.name])
+    chosen = best if scores[best.name] < CLEAR_WIN * scores[full[0].name] else full[0]
+    raw = {name: (scores[best.name] / max(s, 1e-12)) ** 4 for name, s in scores.items()}
+    weights = {name: w / sum(raw.values()) for name, w in raw.items()}
+    return Choice(chosen, tuple(row for rows in table.values() for row in rows), weights)
 
 
 def form_error(rows: Sequence[BacktestRow], noise: float) -> FormError:

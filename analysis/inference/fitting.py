@@ -23,6 +23,16 @@ DRAWS = 1000
 
 
 @dataclass(frozen=True)
+class Rival:
+    """A law that was not chosen, with its weight by backtest and its fit."""
+
+    law: str
+    weight: float
+    values: Floats
+    """(1, p)"""
+
+
+@dataclass(frozen=True)
 class FitResult:
     """A fitted law."""
 
@@ -60,6 +70,8 @@ class FitResult:
     warnings: tuple[str, ...] = ()
     n_cells: int = 0
     """Different runs, seeds apart."""
+    rivals: tuple[Rival, ...] = ()
+    """The other candidates of law="auto": how far they disagree is part of the interval."""
     _draws: Floats = field(default_factory=lambda: np.empty((0, 0)), repr=False)
 
     @property
@@ -77,9 +89,10 @@ class FitResult:
     def predict_interval(self, n: ArrayLike, d: ArrayLike, level: float) -> tuple[Floats, Floats]:
         """Central prediction interval of one run's loss at (N, D).
 
-        ln L ± t·√(σ_param² + σ_form² + σ_run²): bootstrap draws of the parameters widened by √(n/(n−p)); law-form error
-        growing with ln(C / largest C), from the backtest; the noise of a single run. t is Student's, with as many
-        degrees of freedom as the weaker of runs and backtest cuts has.
+        ln L ± t·√(σ_param² + σ_form² + σ_law² + σ_run²): bootstrap draws of the parameters widened by √(n/(n−p));
+        law-form error growing with ln(C / largest C), from the backtest; weighted mean square distance to the rival
+        laws; the noise of a single run. t is Student's, with as many degrees of freedom as the weaker of runs and
+        backtest cuts has.
 
         Returns:
             lower and upper ends, of the broadcast shape.
@@ -99,7 +112,10 @@ class FitResult:
         widened = self.n_cells / max(self.n_cells - p, 1)
         parameter = ((deviation**2).mean(0) * widened).reshape(np.shape(n))
         form = self.form.sd(np.log(flops / self.largest_flops))
-        sd: Floats = np.sqrt(parameter + form**2 + self.run_noise**2)
+        spread = np.zeros(len(x))
+        for rival in self.rivals:
+            spread += rival.weight * (log_predictions(get_law(rival.law), rival.values, x)[0] - centre[0]) ** 2
+        sd: Floats = np.sqrt(parameter + form**2 + spread.reshape(np.shape(n)) + self.run_noise**2)
         return sd
 
     @cached_property
@@ -164,10 +180,17 @@ def fit_law(
     seeds = seed_noise(data)
     first = solve(form, data.x, data.loss, delta)
     noise = _run_noise(form, data, first.values[0], seeds)
+    rivals: tuple[Rival, ...] = ()
     if law == "auto":
-        form, rows = choose_law(data, noise, delta)
+        choice = choose_law(data, noise, delta)
+        form = choice.law
         best = solve(form, data.x, data.loss, delta)
-        rows = tuple(sorted(rows, key=lambda r: r.law != form.name))
+        rows = tuple(sorted(choice.rows, key=lambda r: r.law != form.name))
+        rivals = tuple(
+            Rival(name, weight, solve(get_law(name), data.x, data.loss, delta).values)
+            for name, weight in choice.weights.items()
+            if name != form.name
+        )
     else:
         best, rows = first, backtest(form, data, noise, delta=delta)
     values = best.values[0]
@@ -176,7 +199,7 @@ def fit_law(
     named = [form.parameters(v) for v in sample]
     samples = {name: np.array([s[name] for s in named]) for name in form.parameters(values)}
     top = compute_levels(data) == compute_levels(data).max()
-    result = FitResult(
+    return FitResult(
         law=form.name,
         parameters=form.parameters(values),
         objective=float(best.objective[0]),
@@ -197,9 +220,9 @@ def fit_law(
         starts_agreeing=best.starts_agreeing,
         warnings=_warnings(form, data, form.parameters(values), samples, law, rows, bool(best.converged[0])),
         n_cells=data.n_cells,
+        rivals=rivals,
         _draws=sample,
     )
-    return result
 
 
 def _run_noise(law: SurfaceLaw, data: Points, values: Floats, seeds: float | None) -> float:
