@@ -20,7 +20,10 @@ from analysis.laws.surface import EXPONENT_RANGE, Floats, SurfaceLaw
 HUBER_DELTA = 1e-3
 _GRID_POINTS = {1: 48, 2: 14}
 _STARTS = 8
-_CHUNK = 200_000
+_CHUNK = 50_000
+_ITERATIONS = 60
+_RESAMPLE_TOLERANCE = 1e-7
+"""First-order decrease over F at which a resample's refit stops: far below the spread between resamples."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def resolve(
     size = max(1, _CHUNK // len(loss))
     for i in range(0, len(weights), size):
         w = weights[i : i + size]
-        parts.append(problem.minimise(np.repeat(p0[None], len(w), 0), w, (10 * delta, delta)))
+        start_points = np.repeat(p0[None], len(w), 0)
+        parts.append(problem.minimise(start_points, w, (10 * delta, delta), _RESAMPLE_TOLERANCE))
     p, f, done = (np.concatenate(a) for a in zip(*parts, strict=True))
     return Solution(problem.uncentred(p), f, done, 1)
 
@@ -148,7 +152,7 @@ class _Problem:
         return f, g, h, scale + 1e-12
 
     def minimise(
-        self, start: Floats, w: Floats, stages: tuple[float, ...], iterations: int = 60
+        self, start: Floats, w: Floats, stages: tuple[float, ...], tolerance: float = 1e-14
     ) -> tuple[Floats, Floats, np.ndarray]:
         """Projected Levenberg–Marquardt from each start (B, p): parameters, F and convergence at the last stage."""
         p = np.clip(start, self.lower, self.upper)
@@ -157,7 +161,7 @@ class _Problem:
         f = np.full(len(p), np.inf)
         for stage, delta in enumerate(stages):
             last = stage == len(stages) - 1
-            p, f, done = self._descend(p, w, delta, iterations if last else 6, 1e-14 if last else 1e-4)
+            p, f, done = self._descend(p, w, delta, _ITERATIONS if last else 6, tolerance if last else 1e-4)
         return p, f, done
 
     def _descend(
