@@ -9,7 +9,6 @@ import traceback
 from pathlib import Path
 
 from scaling.errors import InputError, run_command
-from scaling.files import write_json
 from scaling.sweepdir import Lease, LostLease, RunDir, SweepDir
 
 EPILOG = """
@@ -100,7 +99,8 @@ def _attempt(run: RunDir, host: object, lease: Lease) -> bool:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"run {run.path.name}: {reason}", file=sys.stderr)
-        write_json(lease.folder / "failure.json", {"reason": reason, "traceback": traceback.format_exc()})
+        traceback.print_exc()
+        run.write_failure(lease.attempt, reason)
         lease.release()
         return False
     return True
