@@ -187,9 +187,9 @@ class RunDir:
 
     def acquire(self) -> Lease | None:
         """Take the run for this process as a new attempt; None when it is done or a live process holds it."""
+        attempt = self.last_attempt() + 1  # before the look at the lease: whoever takes this number meanwhile wins
         if self.record_json.exists() or self.is_leased():
             return None
-        attempt = self.last_attempt() + 1
         folder = self.attempt_dir(attempt)
         self.attempts.mkdir(parents=True, exist_ok=True)
         try:

@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
+from multiprocessing.sharedctypes import SynchronizedArray
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -152,25 +153,27 @@ def test_versions_and_torn_lines(tmp_path: Path) -> None:
     assert [row["step"] for row in read_json_lines(tmp_path / "rows")] == [1, 2]
 
 
-def _claim(path: Path, barrier: object, won: object) -> None:
-    barrier.wait()  # type: ignore[attr-defined]
-    if RunDir(path).acquire() is not None:
-        with won.get_lock():  # type: ignore[attr-defined]
-            won.value += 1  # type: ignore[attr-defined]
-        time.sleep(0.5)
+def _claim(folders: list[Path], barrier: Barrier, counts: SynchronizedArray[int]) -> None:
+    for i, folder in enumerate(folders):
+        barrier.wait()
+        lease = RunDir(folder).acquire()
+        with counts.get_lock():
+            counts[i] += lease is not None
+    barrier.wait()  # the holders live until everybody has tried
 
 
 def test_of_many_that_claim_a_run_one_wins(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    barrier, won = context.Barrier(6), context.Value("i", 0)
-    processes = [context.Process(target=_claim, args=(tmp_path, barrier, won)) for _ in range(6)]
+    folders = [tmp_path / str(i) for i in range(50)]
+    barrier, counts = context.Barrier(4), context.Array("i", len(folders))
+    processes = [context.Process(target=_claim, args=(folders, barrier, counts)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert won.value == 1
-    assert not RunDir(tmp_path).is_leased()  # its holder is dead, so the run is free again
-    assert RunDir(tmp_path).acquire() is not None
+    assert list(counts) == [1] * len(folders)
+    assert not RunDir(folders[0]).is_leased()  # its holder is dead, so the run is free again
+    assert RunDir(folders[0]).acquire() is not None
 
 
 def test_metrics_of_a_resumed_run_are_those_of_one_run(tmp_path: Path) -> None:
