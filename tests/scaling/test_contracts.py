@@ -164,7 +164,7 @@ def _claim(folders: list[Path], barrier: Barrier, counts: SynchronizedArray[int]
 
 def test_of_many_that_claim_a_run_one_wins(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    folders = [tmp_path / str(i) for i in range(50)]
+    folders = [tmp_path / str(i) for i in range(20)]
     barrier, counts = context.Barrier(4), context.Array("i", len(folders))
     processes = [context.Process(target=_claim, args=(folders, barrier, counts)) for _ in range(4)]
     for process in processes:
@@ -174,6 +174,20 @@ def test_of_many_that_claim_a_run_one_wins(tmp_path: Path) -> None:
     assert list(counts) == [1] * len(folders)
     assert not RunDir(folders[0]).is_leased()  # its holder is dead, so the run is free again
     assert RunDir(folders[0]).acquire() is not None
+
+
+class Overtaken(RunDir):
+    """A claimant that another one overtakes just after it has seen that the run is free."""
+
+    def is_leased(self) -> bool:
+        leased = super().is_leased()
+        assert RunDir(self.path).acquire() is not None
+        return leased
+
+
+def test_a_claimant_that_was_overtaken_lets_go(tmp_path: Path) -> None:
+    assert Overtaken(tmp_path).acquire() is None
+    assert RunDir(tmp_path).last_attempt() == 1
 
 
 def test_metrics_of_a_resumed_run_are_those_of_one_run(tmp_path: Path) -> None:
