@@ -132,8 +132,8 @@ def _curve(fit: FitResult, runs: Runs, spec: RunSpec, final_loss: float) -> list
     if len(curves) < _LEAST_CURVES:
         return []
     x, target = np.array(log_flops), math.log(spec.flops)
-    n = float(count_params(spec.shape).count(_params(fit)))
-    final_sd = float(fit.predictive_sd(np.array(n), np.array(float(spec.tokens)), np.array(spec.flops)))
+    n = count_params(spec.shape).count(_params(fit))
+    final_sd = float(fit.predictive_sd(n, spec.tokens))
     points = []
     for k in range(1, spec.eval.points + 1):
         fraction = k / spec.eval.points

@@ -16,7 +16,7 @@ from analysis.laws.surface import SurfaceLaw, get_law
 CANDIDATES = ("chinchilla", "tied", "chinchilla_no_floor", "tied_no_floor")
 """Chinchilla's law and its special cases, from the most general."""
 
-CLEAR_WIN = 0.8
+CLEAR_WIN = 0.65
 """A special case replaces Chinchilla's law when its backtest error is below this times that of Chinchilla's law."""
 
 _MAX_CUTS = 6

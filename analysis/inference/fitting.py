@@ -97,14 +97,14 @@ class FitResult:
         Returns:
             lower and upper ends, of the broadcast shape.
         """
-        n, d = np.broadcast_arrays(np.asarray(n, float), np.asarray(d, float))
-        flops = self._flops(n, d)
         centre = np.log(self.predict(n, d))
-        half = t_quantile(level, self.freedom) * self.predictive_sd(n, d, flops)
+        half = t_quantile(level, self.freedom) * self.predictive_sd(n, d)
         return np.exp(centre - half), np.exp(centre + half)
 
-    def predictive_sd(self, n: Floats, d: Floats, flops: Floats) -> Floats:
+    def predictive_sd(self, n: ArrayLike, d: ArrayLike) -> Floats:
         """Standard deviation of ln loss of one run at (N, D), all parts."""
+        n, d = np.broadcast_arrays(np.asarray(n, float), np.asarray(d, float))
+        flops = self._flops(n, d)
         x = log_variables(n, d, flops).reshape(-1, 3)
         centre = log_predictions(self.surface, self._values[None], x)
         deviation = log_predictions(self.surface, self._draws, x) - centre

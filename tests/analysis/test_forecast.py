@@ -1,0 +1,145 @@
+"""Allocation with exact FLOPs, and the sealed forecast: content, determinism, what may overwrite what."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.decide import allocate, best_width, family_flops_per_token, make_forecast, write_forecast
+from analysis.decide.forecast import extrapolation_colour
+from analysis.inference import FitResult, fit_law
+from analysis.laws import compute_optimal
+from analysis.runs import Runs, load_runs
+from scaling.accounting import count_params, flops_per_token
+from scaling.errors import InputError
+from scaling.records import Forecast
+from scaling.sweepdir import RunDir
+
+SURFACE = {"E": 1.0, "A": 60.0, "B": 100.0, "alpha": 0.32, "beta": 0.30}
+"""The surface of make_sweep."""
+
+
+@pytest.fixture
+def fitted(make_sweep: Callable[..., Path]) -> tuple[FitResult, Runs]:
+    runs = load_runs(make_sweep(noise=0.002))
+    return fit_law(runs, "chinchilla", draws=100), runs
+
+
+def test_closed_form_and_exact_flops_agree_where_flops_are_6nd(fitted: tuple[FitResult, Runs]) -> None:
+    fit, _ = fitted
+    closed = compute_optimal(fit.parameters, 1e13)
+    assert fit.allocate(1e13) == closed
+    assert fit.allocate(1e13, lambda n: 6 * n) == pytest.approx(closed, rel=3e-3)
+    n, d = allocate(fit, 1e13).n_params, allocate(fit, 1e13).n_tokens
+    assert 6 * n * d == pytest.approx(1e13)
+
+
+def test_a_familys_flops_are_the_accountings(fitted: tuple[FitResult, Runs]) -> None:
+    fit, runs = fitted
+    assert runs.plan is not None
+    per_token = family_flops_per_token(runs.plan.family, "body_head")
+    for width in (16, 48, 200):
+        shape = runs.plan.family.shape(width)
+        n = np.array([float(count_params(shape).body_head)])
+        assert per_token(n)[0] == pytest.approx(flops_per_token(shape).train, rel=1e-3)
+    a = allocate(fit, 1e13, runs.plan.family)
+    assert per_token(np.array([a.n_params]))[0] * a.n_tokens == pytest.approx(1e13, rel=1e-6)
+
+
+def test_the_best_width_is_no_worse_than_its_neighbours(fitted: tuple[FitResult, Runs]) -> None:
+    fit, runs = fitted
+    assert runs.plan is not None
+    family = runs.plan.family
+    width = best_width(fit, family, 1e13)
+
+    def loss(w: int) -> float:
+        shape = family.shape(w)
+        return float(fit.predict(count_params(shape).body_head, 1e13 / flops_per_token(shape).train))
+
+    assert loss(width) <= min(loss(width - 8), loss(width + 8))
+    narrow = best_width(fit, family, 1e13, (20.0, 30.0))
+    shape = family.shape(narrow)
+    assert 20 <= 1e13 / flops_per_token(shape).train / count_params(shape).body_head <= 30
+
+
+def test_forecast_of_a_known_surface(fitted: tuple[FitResult, Runs]) -> None:
+    fit, runs = fitted
+    forecast = make_forecast(fit, runs, 1e13)
+    assert runs.plan is not None
+    assert forecast.seal == forecast.computed_seal()
+    assert forecast.spec.flops == pytest.approx(1e13, rel=0.01)
+    assert forecast.spec.data.digest == runs.plan.data.digest
+    n, d = forecast.spec.params.body_head, forecast.spec.tokens
+    actual = SURFACE["E"] + SURFACE["A"] * n ** -SURFACE["alpha"] + SURFACE["B"] * d ** -SURFACE["beta"]
+    assert forecast.loss == pytest.approx(actual, rel=0.02)
+    assert (
+        forecast.interval_90[0]
+        < forecast.interval_50[0]
+        < forecast.loss
+        < forecast.interval_50[1]
+        < forecast.interval_90[1]
+    )
+    assert forecast.interval_90[0] <= actual <= forecast.interval_90[1]
+    assert forecast.extrapolation_ratio == pytest.approx(10, rel=0.02)
+    assert forecast.extrapolation_colour == "green"
+    assert len(forecast.run_ids) == 19
+
+
+def test_curve_band_ends_in_the_forecast_and_follows_the_runs(fitted: tuple[FitResult, Runs]) -> None:
+    fit, runs = fitted
+    forecast = make_forecast(fit, runs, 1e13)
+    assert len(forecast.curve) == forecast.spec.eval.points
+    last = forecast.curve[-1]
+    assert last.tokens == forecast.spec.tokens
+    assert (last.loss, *last.interval_90) == pytest.approx((forecast.loss, *forecast.interval_90))
+    for point in forecast.curve:  # make_sweep's runs: loss(f) = final · f^−0.2
+        assert point.loss == pytest.approx(forecast.loss * (point.tokens / last.tokens) ** -0.2, rel=1e-3)
+
+
+def test_no_curve_without_metrics(make_sweep: Callable[..., Path]) -> None:
+    sweep = make_sweep()
+    for path in sweep.glob("runs/*/metrics.jsonl"):
+        path.unlink()
+    runs = load_runs(sweep)
+    assert make_forecast(fit_law(runs, draws=20), runs, 1e13).curve == []
+
+
+def test_notes_carry_warnings_and_a_corpus_too_small(fitted: tuple[FitResult, Runs]) -> None:
+    fit, runs = fitted
+    forecast = make_forecast(fit, runs, 1e17)
+    assert forecast.extrapolation_colour == "red"
+    assert any("read the corpus" in note for note in forecast.notes)
+
+
+def test_colours() -> None:
+    assert [extrapolation_colour(r) for r in (10, 30, 31, 300, 301)] == ["green", "green", "amber", "amber", "red"]
+
+
+def test_equal_forecasts_are_kept_and_started_ones_protected(fitted: tuple[FitResult, Runs], tmp_path: Path) -> None:
+    fit, runs = fitted
+    path = tmp_path / "out" / "forecast.json"
+    first = write_forecast(path, make_forecast(fit, runs, 1e13))
+    content = path.read_bytes()
+    later = dataclasses.replace(make_forecast(fit, runs, 1e13), created="2030-01-01T00:00:00+00:00")
+    later = dataclasses.replace(later, seal=later.computed_seal())
+    assert write_forecast(path, later) == first
+    assert path.read_bytes() == content
+    other = make_forecast(fit, runs, 5e12)
+    assert write_forecast(path, other) == other  # not started: may be replaced
+    run = RunDir(path.parent / "flagship")
+    run.create(other.spec)
+    lease = run.acquire()
+    assert lease is not None
+    with pytest.raises(InputError, match="was started"):
+        write_forecast(path, first)
+    assert Forecast.read(path) == other
+
+
+def test_a_file_of_runs_has_no_shapes_to_forecast(tmp_path: Path, fitted: tuple[FitResult, Runs]) -> None:
+    fit, runs = fitted
+    with pytest.raises(InputError, match="not a sweep directory"):
+        make_forecast(fit, dataclasses.replace(runs, plan=None), 1e13)
