@@ -41,12 +41,16 @@ class LocalLauncher:
     device: Literal["cpu", "cuda"] = "cpu"
     max_attempts: int = 3
     """Failures of one run before this launch gives it up; the next launch tries again."""
+    checkpoint_every_s: float = 20.0
+    """Seconds between a run's checkpoints: the most work that a kill costs."""
 
     def __post_init__(self) -> None:
         for field in ("workers", "threads", "max_attempts"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InputError(f"launcher.{field} = {value}: must be at least 1")
+        if not self.checkpoint_every_s >= 0:
+            raise InputError(f"launcher.checkpoint_every_s = {self.checkpoint_every_s}: must not be negative")
 
     @property
     def pool_size(self) -> int:
@@ -55,7 +59,13 @@ class LocalLauncher:
 
     def worker_options(self) -> list[str]:
         """The worker's options for these settings."""
-        return ["--device", self.device, "--threads", str(self.threads), "--max-attempts", str(self.max_attempts)]
+        options = {
+            "--device": self.device,
+            "--threads": self.threads,
+            "--max-attempts": self.max_attempts,
+            "--checkpoint-every": self.checkpoint_every_s,
+        }
+        return [str(part) for option in options.items() for part in option]
 
 
 def launch(

@@ -31,6 +31,7 @@ settings:
   run.dir=DIR          the run's folder (default: flagship/ beside the forecast)
   run.threads=N        CPU threads (default: every core)
   launcher.device=cpu  cpu | cuda
+  launcher.checkpoint_every_s=20   seconds between checkpoints
   wandb.mode=disabled  disabled | offline | online
   dry_run=true         print what would be trained, and how long it may take; start nothing
 
@@ -102,10 +103,15 @@ def main(argv: Sequence[str]) -> int:
     from train.engine.signals import install_handlers
 
     install_handlers()
-    progress = sys.stderr.isatty()
-    record = train(
-        spec, run, Host(settings.launcher.device, threads, wandb=settings.wandb, progress=progress, eval_points=20)
+    host = Host(
+        settings.launcher.device,
+        threads,
+        checkpoint_every_s=settings.launcher.checkpoint_every_s,
+        wandb=settings.wandb,
+        progress=sys.stderr.isatty(),
+        eval_points=20,
     )
+    record = train(spec, run, host)
     if record.status != "ok":
         print(f"flagship {record.status}: {record.reason}")
         return 1
