@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +42,9 @@ def test_special_cases_name_all_of_chinchillas_parameters() -> None:
 @given(
     a=st.floats(10, 1e4), b=st.floats(10, 1e4), alpha=exponent, beta=exponent, budget=st.floats(1e10, 1e26)
 )  # fmt: skip
-def test_compute_optimal_is_a_minimum_on_the_budget(a: float, b: float, alpha: float, beta: float, budget: float) -> None:
+def test_compute_optimal_is_a_minimum_on_the_budget(
+    a: float, b: float, alpha: float, beta: float, budget: float
+) -> None:
     p = {"E": 1.0, "A": a, "B": b, "alpha": alpha, "beta": beta}
     n, d = compute_optimal(p, budget)
     assert 6 * n * d == pytest.approx(budget)

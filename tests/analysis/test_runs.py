@@ -45,7 +45,9 @@ def test_committed_sweep_without_run_folders_reads_the_same(make_sweep: Callable
     from_csv = load_runs(sweep)
     columns = ["run_id", "n_params", "n_tokens", "flops", "loss", "peak_lr", "batch_tokens"]
     pd.testing.assert_frame_equal(from_csv.table[columns], from_records.table[columns], check_dtype=False)
-    assert fit_law(from_csv, draws=10).parameters == pytest.approx(fit_law(from_records, draws=10).parameters, rel=1e-6)
+    assert fit_law(from_csv, draws=10).parameters == pytest.approx(
+        fit_law(from_records, draws=10).parameters, rel=1e-6
+    )
 
 
 def test_unfinished_and_diverged_runs_are_left_out_and_noted(make_sweep: Callable[..., Path]) -> None:
@@ -74,7 +76,9 @@ def test_usual_column_names_are_recognised(tmp_path: Path, header: str) -> None:
 
 @pytest.mark.parametrize("missing", ["n_params", "n_tokens", "flops"])
 def test_any_two_of_n_d_c_are_enough(tmp_path: Path, missing: str) -> None:
-    full = pd.DataFrame({"n_params": [1e6, 2e6], "n_tokens": [2e7, 4e7], "flops": [1.2e14, 4.8e14], "loss": [3.1, 2.9]})
+    full = pd.DataFrame(
+        {"n_params": [1e6, 2e6], "n_tokens": [2e7, 4e7], "flops": [1.2e14, 4.8e14], "loss": [3.1, 2.9]}
+    )
     path = tmp_path / "runs.csv"
     full.drop(columns=missing).to_csv(path, index=False)
     runs = load_runs(path)

@@ -29,7 +29,9 @@ def simulated(noise: float, seed: int, budgets: int = 5, sizes: int = 7, floor: 
     n = np.sqrt(c / 120) * ratio
     d = c / (6 * n)
     loss = (floor + 400 / n**0.34 + 410 / d**0.28) * np.exp(noise * rng.standard_normal(len(n)))
-    table = pd.DataFrame({"run_id": [f"r{i}" for i in range(len(n))], "n_params": n, "n_tokens": d, "flops": c, "loss": loss})
+    table = pd.DataFrame(
+        {"run_id": [f"r{i}" for i in range(len(n))], "n_params": n, "n_tokens": d, "flops": c, "loss": loss}
+    )
     return Runs(table.assign(status="ok"), "simulated", CONVENTION)
 
 
@@ -66,7 +68,9 @@ def test_seed_noise_is_the_pooled_spread_between_replicates() -> None:
 
 def test_runs_at_other_learning_rates_are_no_replicates() -> None:
     runs = simulated(0.0, 0)
-    both = pd.concat([runs.table.assign(peak_lr=1e-3), runs.table.assign(peak_lr=2e-3, loss=runs.table["loss"] * 1.1)])
+    both = pd.concat(
+        [runs.table.assign(peak_lr=1e-3), runs.table.assign(peak_lr=2e-3, loss=runs.table["loss"] * 1.1)]
+    )
     assert seed_noise(points(dataclasses.replace(runs, table=both.reset_index(drop=True)))) is None
 
 
@@ -92,7 +96,9 @@ def test_prediction_intervals_cover() -> None:
         runs = simulated(0.005, seed)
         fit = fit_law(runs, "chinchilla", draws=200)
         n, d = fit.allocate(1e20)
-        actual = (1.7 + 400 / n**0.34 + 410 / d**0.28) * np.exp(0.005 * np.random.default_rng(900 + seed).standard_normal())
+        actual = (1.7 + 400 / n**0.34 + 410 / d**0.28) * np.exp(
+            0.005 * np.random.default_rng(900 + seed).standard_normal()
+        )
         for level in inside:
             low, high = fit.predict_interval(n, d, level)
             inside[level] += bool(low <= actual <= high)
