@@ -146,8 +146,3 @@ def _compose(name: str, choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
         raise InputError(f"conf/{name}.yaml does not compose: {error}") from None
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
-
-
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's own copy, to change freely."""
-    return copy.deepcopy(dict(config))

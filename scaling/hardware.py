@@ -79,6 +79,12 @@ def find_device(name: str) -> Device:
     return DEVICES[name]
 
 
+def match_device(description: str) -> Device | None:
+    """The device that a driver's own name for it contains ("NVIDIA H200" → h200), or None."""
+    words = description.lower().replace("geforce rtx ", "rtx").replace("-", " ").split()
+    return next((device for name, device in DEVICES.items() if name in words), None)
+
+
 def cpu_count() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -40,9 +40,9 @@ class ModelShape:
                 raise InputError(f"shape.{name} = {getattr(self, name)}: must be at least 1")
         if self.head_dim is None and self.width % self.n_heads:
             near = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
+            fix = f"use n_heads in {near}" if near else f"use width {self.width // self.n_heads * self.n_heads}"
             raise InputError(
-                f"width {self.width} is not divisible by {self.n_heads} heads: "
-                f"use n_heads in {near} or give head_dim explicitly"
+                f"width {self.width} is not divisible by {self.n_heads} heads: {fix} or give head_dim explicitly"
             )
         if self.dim_per_head % 2:
             raise InputError(

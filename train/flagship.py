@@ -60,7 +60,7 @@ class FlagshipSettings:
 
 def read_settings(argv: Sequence[str]) -> FlagshipSettings:
     """Compose and read strictly."""
-    config = compose.plain(compose.load("flagship", argv))
+    config = compose.load("flagship", argv)
     return from_dict(
         FlagshipSettings,
         {
@@ -86,13 +86,13 @@ def main(argv: Sequence[str]) -> int:
     spec = forecast.spec
     run = RunDir(Path(settings.run.dir) if settings.run.dir else path.parent / "flagship")
     threads = settings.run.threads or cpu_count()
-    device = find_device(settings.launcher.device)
     print(
         f"flagship {spec.run_id}: width {spec.shape.width}, depth {spec.shape.depth}, {spec.params.body_head:,} parameters,"
         f" {spec.tokens:,} tokens, {spec.flops:.3g} FLOPs ({forecast.extrapolation_ratio:.1f}× the largest run)\n"
-        f"sealed forecast {forecast.loss:.4f}, 90% {forecast.interval_90[0]:.4f} to {forecast.interval_90[1]:.4f}; "
-        f"about {readable_time(run_seconds(spec, device))} of one {device.name}{' core' if device.name == 'cpu' else ''}"
+        f"sealed forecast {forecast.loss:.4f}, 90% {forecast.interval_90[0]:.4f} to {forecast.interval_90[1]:.4f}"
     )
+    if settings.launcher.device == "cpu":
+        print(f"about {readable_time(run_seconds(spec, find_device('cpu')))} of one core; {threads} at work")
     if settings.dry_run:
         return 0
     check_writable(run.path)

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from scaling.errors import InputError, run_command
-from scaling.sweepdir import Lease, LostLease, RunDir, SweepDir
+from scaling.sweepdir import LAUNCH_VARIABLE, Lease, LostLease, RunDir, SweepDir
 
 EPILOG = """
 examples:
@@ -63,12 +63,12 @@ def main(argv: list[str]) -> int:
 def work(sweep: SweepDir, run_ids: list[str], host: object, max_attempts: int) -> bool:
     """Train the runs that nobody else has taken, one after another, until none is left to take.
 
-    A run that raises leaves `failure.json` in its attempt's folder and is tried again, max_attempts times in all.
+    A run that raises leaves `failure.json` in its attempt's folder and is tried again, max_attempts times in a launch.
 
     Returns:
         Whether none of the runs tried here failed for good.
     """
-    parent = os.getppid()
+    parent, launch = os.getppid(), os.environ.get(LAUNCH_VARIABLE)
     failures: dict[str, int] = {}
     progress = True
     while progress:
@@ -76,13 +76,15 @@ def work(sweep: SweepDir, run_ids: list[str], host: object, max_attempts: int) -
         for run_id in run_ids:
             if os.getppid() != parent:  # the launcher is gone: finish nothing more on its behalf
                 return True
-            if failures.get(run_id, 0) >= max_attempts:
+            run = sweep.run(run_id)
+            tried = max(failures.get(run_id, 0), run.failures(launch) if launch else 0)
+            if tried >= max_attempts:
                 continue
-            lease = sweep.run(run_id).acquire()
+            lease = run.acquire()
             if lease is None:
                 continue
             progress = True
-            if not _attempt(sweep.run(run_id), host, lease):
+            if not _attempt(run, host, lease):
                 failures[run_id] = failures.get(run_id, 0) + 1
     return all(count < max_attempts for count in failures.values())
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from scaling.accounting import FLOPS_CONVENTIONS, PARAMS_CONVENTIONS, training_flops
 from scaling.errors import InputError
-from scaling.hardware import find_device
+from scaling.hardware import match_device
 from scaling.provenance import git_commit, versions
 from scaling.records import RunRecord, Status
 from scaling.spec import RunSpec
@@ -299,7 +299,9 @@ def _record(trainer: Trainer, lease: Lease, status: Status, loss: float | None, 
     flops: dict[str, float] = {name: training_flops(spec.shape, tokens, name) for name in FLOPS_CONVENTIONS}
     params = spec.params
     groups = {name: getattr(params, name) for name in ("embedding", "head", "attention", "mlp", "norms")}
-    peak = find_device(trainer.host.device).peak(spec.precision) * trainer.host.threads
+    description = torch.cuda.get_device_name() if trainer.device.type == "cuda" else trainer.device.type
+    device = match_device(description)
+    peak = device and device.peak(spec.precision) * (trainer.host.threads if device.name == "cpu" else 1)
     train_s = max(progress.train_s, 1e-9)
     return RunRecord(
         run_id=spec.run_id,
@@ -316,9 +318,9 @@ def _record(trainer: Trainer, lease: Lease, status: Status, loss: float | None, 
         wall_s=progress.wall_s,
         train_s=progress.train_s,
         tokens_per_s=tokens / train_s,
-        mfu=flops["exact"] / train_s / peak,
+        mfu=None if peak is None else flops["exact"] / train_s / peak,
         attempts=lease.attempt,
-        device=trainer.host.device,
+        device=description,
         threads=trainer.host.threads,
         versions=versions("torch", "numpy", "tokenizers", "isoflop"),
         commit=git_commit(),
