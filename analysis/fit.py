@@ -73,18 +73,18 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--draws {args.draws}: at least 2")
     if args.hold_out is not None:
         return _hold_out(args, runs)
-    if args.out is not None:
-        check_writable(args.out)
     fit = fit_law(runs, args.law, draws=args.draws, seed=args.seed)
     budgets = args.budget or [DEFAULT_RATIO * fit.largest_flops]
     allocations = _allocations(fit, runs, budgets)
     approaches = with_budgets(fit.approaches, budgets)
+    predictions = _predictions(fit, args.predict) if args.predict else []
+    if args.out is not None:
+        if runs.plan is not None and len(budgets) > 1:
+            raise InputError(f"--out writes one forecast: give one --budget, not {len(budgets)}")
+        check_writable(args.out)
     forecast = None
     if args.out is not None and runs.plan is not None:
-        if len(budgets) > 1:
-            raise InputError(f"--out writes one forecast: give one --budget, not {len(budgets)}")
         forecast = write_forecast(args.out / "forecast.json", make_forecast(fit, runs, budgets[0]))
-    predictions = _predictions(fit, args.predict) if args.predict else []
     if args.json:
         print(json.dumps(_answer(fit, runs, allocations, predictions, approaches), allow_nan=False))
     else:

@@ -22,7 +22,8 @@ WINDOW = 0.03
 """Runs within this relative loss of their cell's best enter its parabola (at least four do): further out it is none."""
 _LEAST_POINTS = 4
 _SEPARABLE = 0.2
-_NOISE_FLOOR = 5e-4
+_NOISE_FLOOR = 1e-3
+"""Least standard deviation of ln loss between runs: three points leave no residual to measure it by."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,13 @@ def test_bootstrap_of_the_epoch_points_agrees_with_the_published_one(golden: Pat
         assert fit.intervals[name] == pytest.approx(published, abs=0.006)
 
 
+def test_chinchillas_own_law_stands_on_published_runs(golden: Path) -> None:
+    epoch = load_runs(golden / "epoch_svg" / "points.csv")
+    llama = load_runs(golden / "llama_3" / "points.csv")
+    for runs, rows in ((epoch, slice(None)), (llama, slice(0, 133))):
+        assert fit_law(dataclasses.replace(runs, table=runs.table.iloc[rows]), draws=20).law == "chinchilla"
+
+
 def test_seeds_of_one_cell_are_resampled_together(make_sweep: Callable[..., Path]) -> None:
     data = points(load_runs(make_sweep()))
     assert len(data) == 19
