@@ -301,7 +301,8 @@ def _record(trainer: Trainer, lease: Lease, status: Status, loss: float | None, 
     groups = {name: getattr(params, name) for name in ("embedding", "head", "attention", "mlp", "norms")}
     description = torch.cuda.get_device_name() if trainer.device.type == "cuda" else trainer.device.type
     device = match_device(description)
-    peak = device and device.peak(spec.precision) * (trainer.host.threads if device.name == "cpu" else 1)
+    at_work = trainer.host.threads if trainer.device.type == "cpu" else 1
+    peak = None if device is None else device.peak(spec.precision) * at_work
     train_s = max(progress.train_s, 1e-9)
     return RunRecord(
         run_id=spec.run_id,
