@@ -230,8 +230,8 @@ def write_plan(
         data=manifest,
         runs=specs,
     )
-    if sweep.plan_json.exists():
-        old = sweep.plan()
+    old = sweep.plan() if sweep.plan_json.exists() else None
+    if old is not None:
         for what in ("data", "family", "recipe"):
             before, now = to_dict(getattr(old, what)), to_dict(getattr(plan, what))
             if before != now:
@@ -244,7 +244,8 @@ def write_plan(
         plan = dataclasses.replace(old, runs=old.runs + [spec for spec in specs if spec.run_id not in known])
     for spec in specs:
         sweep.create_run(spec)
-    plan.write(sweep.plan_json)
+    if plan != old:
+        plan.write(sweep.plan_json)
 
 
 @contextlib.contextmanager
