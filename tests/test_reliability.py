@@ -110,7 +110,15 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-    wait_until(lambda: not Path(f"/proc/{pid}/stat").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text())
+    wait_until(lambda: not is_alive(pid))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and is not yet collected does not."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 def wait_until(true: Callable[[], object]) -> None:
@@ -121,13 +129,13 @@ def wait_until(true: Callable[[], object]) -> None:
 
 
 def wait_for_mid_run(sweep: SweepDir, launcher: subprocess.Popen[str]) -> RunDir:
-    """A run that has a checkpoint and no record."""
+    """A run that is being trained and has a checkpoint."""
     seen: list[RunDir] = []
 
     def look() -> bool:
         assert launcher.poll() is None, launcher.communicate()
         runs = [RunDir(path.parent.parent) for path in sweep.runs.glob("*/checkpoints/step-*.pt")]
-        seen.extend(run for run in runs if not run.record_json.exists())
+        seen.extend(run for run in runs if run.is_leased() and not run.record_json.exists())
         return bool(seen)
 
     wait_until(look)
@@ -206,14 +214,14 @@ def test_everything_killed_three_times_at_random_moments(
     moments = random.Random()
     for _ in range(3):
         launcher = launch(sweep)
-        if moments.random() < 0.7:
-            run = wait_for_mid_run(sweep, launcher) if len(records(sweep)) < N_RUNS else None
-            print("mid-run", run and run.path.name)
-        pause_s = moments.uniform(0, 2)
+        training = len(records(sweep)) < N_RUNS and moments.random() < 0.7  # else: while it starts
+        if training:
+            wait_for_mid_run(sweep, launcher)
+        pause_s = moments.uniform(0, 3)
         time.sleep(pause_s)
         victims = processes(sweep)
         moments.shuffle(victims)
-        print(f"{pause_s:.2f} s later: killing {len(victims)}, {len(records(sweep))} runs done")
+        print(f"{training=}, {pause_s:.2f} s later: {len(victims)} killed, {len(records(sweep))} runs done")
         for pid in victims:
             kill(pid)
         launcher.communicate()

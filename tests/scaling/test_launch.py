@@ -17,6 +17,7 @@ import pytest
 
 from scaling.errors import InputError
 from scaling.files import write_json
+from scaling.launch import LocalLauncher
 from scaling.status import describe, sweep_status
 from scaling.sweepdir import SweepDir
 from scaling.table import COLUMNS, write_runs_csv
@@ -310,6 +311,13 @@ def test_a_folder_that_cannot_be_written(cli: Cli, settings: list[str]) -> None:
     done = cli("scaling.sweep", *settings, "sweep.dir=/proc/sweep")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "cannot write in /proc/sweep" in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["workers=0", "threads=0", "max_attempts=0", "checkpoint_every_s=-1"])
+def test_launcher_settings_that_cannot_be(setting: str) -> None:
+    name, value = setting.split("=")
+    with pytest.raises(InputError, match=f"launcher.{name} = {value}"):
+        LocalLauncher(**{name: int(value)})  # type: ignore[arg-type]
 
 
 def test_a_full_disk_leaves_no_half_written_plan(
