@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.inference.hyperparameters import Cell, HyperLaw, cells, check, fit_power, is_separable, one_size_out
+from analysis.inference.hyperparameters import (
+    Cell,
+    HyperLaw,
+    cells,
+    check,
+    fit_batch,
+    fit_lr,
+    is_separable,
+    one_size_out,
+)
 from analysis.runs import load_runs
 from analysis.show.numbers import percent, si
 from analysis.show.text import table
@@ -66,8 +75,9 @@ def measure(sweep: Path, verify: Path | None, convention: str) -> dict[str, Any]
             f"{sweep}: learning rates were swept at one size only (N = {sizes[0]:.4g}); a law needs two, a check three"
         )
     separable = is_separable(found)
-    lr, batch = fit_power(found, "lr", separable), fit_power(found, "batch", separable)
-    checks = one_size_out(found, separable)
+    batch = fit_batch(found)
+    lr = fit_lr(found, separable, batch)
+    checks = one_size_out(found, separable, batch)
     verified = check(lr, cells(load_runs(verify, convention=convention))) if verify is not None else []
     tokens = [c.n_tokens for c in found]
     return {

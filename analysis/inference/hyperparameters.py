@@ -3,13 +3,18 @@
     peak_lr = c · N^a · D^b,   batch_tokens = c · D^b      (the form of Step Law, arXiv 2503.04715)
 
 At one (N, D) and one batch, loss near its minimum is a parabola in ln(peak_lr); over batches, those minima are one in
-ln(batch). Where the sweep holds D/N fixed, a and b are not separable: then b = 0, and a carries both.
+ln(batch). The optimal learning rate rises with the batch, so the optima of all batches are fitted together,
+
+    ln peak_lr = ln c' + a·ln N + b'·ln D + s·ln batch,
+
+and the batch law is put in: b = b' + s·(exponent of the batch law). Where the sweep holds D/N fixed, a and b' are not
+separable: then b' = 0, and a carries both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +25,8 @@ from scaling.errors import InputError
 
 WINDOW = 0.03
 """Runs within this relative loss of their cell's best enter its parabola (at least four do): further out it is none."""
+BATCH_GAP = 0.01
+"""A batch whose best loss is this much (relative) above the best batch's adds a standard deviation of 1 to its ln peak_lr."""
 _LEAST_POINTS = 4
 _SEPARABLE = 0.2
 _NOISE_FLOOR = 1e-3
@@ -56,6 +63,8 @@ class Cell:
     """Of ln peak_lr, at the best batch."""
     batch: Parabola
     """Of ln batch_tokens; its sd is infinite where the batch was not varied."""
+    by_batch: tuple[tuple[float, Parabola], ...] = ()
+    """ln batch_tokens, and the optimum of ln peak_lr at that batch."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: optimum, interval and what being off by 2× costs."""
@@ -164,33 +173,64 @@ def _cell(n: float, d: float, per_batch: Sequence[tuple[float, Parabola, int]]) 
     measured = sorted(per_batch, key=lambda item: item[0])
     at = float(np.interp(batch.minimum, [b for b, _, _ in measured], [p.minimum for _, p, _ in measured]))
     nearest = min(per_batch, key=lambda item: abs(item[0] - batch.minimum))[1]
-    return Cell(n, d, count, Parabola(at, batch.loss, nearest.curvature, nearest.sd, nearest.inside), batch)
+    lr = Parabola(at, batch.loss, nearest.curvature, nearest.sd, nearest.inside)
+    return Cell(n, d, count, lr, batch, tuple((b, p) for b, p, _ in measured))
 
 
-def fit_power(found: Sequence[Cell], what: str, separable: bool) -> HyperLaw:
-    """Least squares of ln(optimum) on 1 and ln N (what="lr", with ln D where separable) or 1 and ln D (what="batch")."""
-    parabolas = [c.lr if what == "lr" else c.batch for c in found]
-    y = np.array([p.minimum for p in parabolas])
-    sd = np.array([p.sd if np.isfinite(p.sd) else np.log(2) for p in parabolas])
-    columns = {"n": np.log([c.n_params for c in found]), "d": np.log([c.n_tokens for c in found])}
-    use = ["d"] if what == "batch" else ["n", "d"] if separable else ["n"]
-    x = np.column_stack([np.ones(len(y)), *(columns[u] for u in use)])
-    weight = 1 / np.maximum(sd, 0.05)
-    theta, *_ = np.linalg.lstsq(x * weight[:, None], y * weight, rcond=None)
-    residual = (y - x @ theta) * weight
-    scatter = max(
-        1.0, float(residual @ residual) / max(len(y) - x.shape[1], 1)
-    )  # never less than the optima's own sd
-    half = 1.96 * np.sqrt(scatter * np.diag(np.linalg.pinv((x * weight[:, None]).T @ (x * weight[:, None]))))
-    value = dict(zip(use, theta[1:], strict=True))
-    width = dict(zip(use, half[1:], strict=True))
+def fit_batch(found: Sequence[Cell]) -> HyperLaw:
+    """batch_tokens = c · D^b by least squares through the cells' best batches."""
+    x = np.column_stack([np.ones(len(found)), np.log([c.n_tokens for c in found])])
+    theta, half = _least_squares(x, [c.batch for c in found])
+    return HyperLaw(float(np.exp(theta[0])), 0.0, float(theta[1]), None, float(half[1]))
+
+
+def fit_lr(found: Sequence[Cell], separable: bool, batch: HyperLaw) -> HyperLaw:
+    """peak_lr = c · N^a · D^b where batch_tokens follows `batch`, by least squares through the optima of all batches.
+
+    Args:
+        separable: whether D has an exponent of its own beside N's.
+        batch: the batch law that the learning rate is for.
+    """
+    rows = [(c, ln_batch, _blurred(parabola, c)) for c in found for ln_batch, parabola in c.by_batch]
+    ln_n, ln_d = np.log([c.n_params for c, _, _ in rows]), np.log([c.n_tokens for c, _, _ in rows])
+    ln_b = np.array([b for _, b, _ in rows])
+    columns = {"one": np.ones(len(rows)), "n": ln_n}
+    if separable:
+        columns["d"] = ln_d
+    if any(len(c.by_batch) > 1 for c in found):
+        columns["batch"] = ln_b - np.log(batch.coefficient) - batch.d_exponent * ln_d  # 0 on the batch law
+    theta, half = _least_squares(np.column_stack(list(columns.values())), [p for _, _, p in rows])
+    value, width = dict(zip(columns, theta, strict=True)), dict(zip(columns, half, strict=True))
     return HyperLaw(
-        float(np.exp(theta[0])),
-        float(value.get("n", 0.0)),
+        float(np.exp(value["one"])),
+        float(value["n"]),
         float(value.get("d", 0.0)),
-        float(width["n"]) if "n" in width else None,
-        float(width["d"]) if "d" in width else None,
+        float(width["n"]),
+        float(width["d"]) if separable else None,
     )
+
+
+def _blurred(parabola: Parabola, cell: Cell) -> Parabola:
+    """The optimum at one batch, the less certain the worse that batch is: the batch law will not go there."""
+    gap = parabola.loss / min(p.loss for _, p in cell.by_batch) - 1
+    return replace(parabola, sd=float(np.hypot(parabola.sd, gap / BATCH_GAP)))
+
+
+def _least_squares(x: Floats, optima: Sequence[Parabola]) -> tuple[Floats, Floats]:
+    """Coefficients and their 95% half-widths for the optima's positions on the columns of x, weighted by their sd.
+
+    An optimum at the edge of what was tried, or none, counts with a standard deviation of a factor 2.
+    """
+    y = np.array([p.minimum for p in optima])
+    sd = np.array([p.sd if p.inside and np.isfinite(p.sd) else np.log(2) for p in optima])
+    weight = 1 / np.maximum(sd, 0.05)
+    weighted = x * weight[:, None]
+    theta, *_ = np.linalg.lstsq(weighted, y * weight, rcond=None)
+    residual = (y - x @ theta) * weight
+    # never less than the optima's own sd
+    scatter = max(1.0, float(residual @ residual) / max(len(y) - x.shape[1], 1))
+    half: Floats = 1.96 * np.sqrt(scatter * np.diag(np.linalg.pinv(weighted.T @ weighted)))
+    return theta, half
 
 
 def is_separable(found: Sequence[Cell]) -> bool:
@@ -202,13 +242,13 @@ def is_separable(found: Sequence[Cell]) -> bool:
     return bool(np.std(d - slope * n - intercept) > _SEPARABLE)
 
 
-def one_size_out(found: Sequence[Cell], separable: bool) -> list[dict[str, Any]]:
+def one_size_out(found: Sequence[Cell], separable: bool, batch: HyperLaw) -> list[dict[str, Any]]:
     """For each size with two others: the LR law fitted without it, asked about it; regret by the size's own parabola."""
     sizes = sorted({c.n_params for c in found})
     out = []
     for size in sizes if len(sizes) >= 3 else []:
         rest = [c for c in found if c.n_params != size]
-        law = fit_power(rest, "lr", separable and is_separable(rest))
+        law = fit_lr(rest, separable and is_separable(rest), batch)
         out += check(law, [c for c in found if c.n_params == size])
     return out
 
