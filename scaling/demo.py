@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from scaling.errors import InputError, run_command
@@ -20,8 +21,24 @@ SEEDS_A_GRID = 100
 """Between the seeds of two demos: more than a grid has replicates."""
 
 
-def commands(out: Path, budget: float, seed: int, sweep_args: Sequence[str] = ()) -> list[list[str]]:
-    """The demo's commands, each after `python -m`.
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo, after `python -m`, and the files that tell whether it is through."""
+
+    command: list[str]
+    inputs: tuple[Path, ...] = ()
+    outputs: tuple[Path, ...] = ()
+
+    def is_through(self) -> bool:
+        """Whether all its outputs are there, none older than an input; a step without outputs always runs."""
+        if not self.outputs or not all(path.exists() for path in self.outputs):
+            return False
+        newest = max(path.stat().st_mtime_ns for path in self.inputs)
+        return all(path.stat().st_mtime_ns >= newest for path in self.outputs)
+
+
+def steps(out: Path, budget: float, seed: int, sweep_args: Sequence[str] = ()) -> list[Step]:
+    """The demo's commands.
 
     Args:
         out: everything goes here.
@@ -36,12 +53,15 @@ def commands(out: Path, budget: float, seed: int, sweep_args: Sequence[str] = ()
         sweep.append(f"sweep.compute_scale={budget / target:g}")
     if seed:
         sweep.append(f"sweep.seed_offset={seed * SEEDS_A_GRID}")
-    forecast = out / "forecast.json"
+    table, forecast, record = out / "sweep" / "runs.csv", out / "forecast.json", out / "flagship" / "record.json"
+    report, result = out / "report.html", out / "postmortem.json"
+    fit = ["analysis.fit", "--data", str(out / "sweep"), "--budget", f"{budget:g}", "--out", str(out)]
+    postmortem = ["analysis.postmortem", str(out / "flagship"), "--forecast", str(forecast), "--out", str(out)]
     return [
-        [*sweep, *sweep_args],
-        ["analysis.fit", "--data", str(out / "sweep"), "--budget", f"{budget:g}", "--out", str(out)],
-        ["train.flagship", f"forecast={forecast}", f"run.dir={out / 'flagship'}"],
-        ["analysis.postmortem", str(out / "flagship"), "--forecast", str(forecast), "--out", str(out)],
+        Step([*sweep, *sweep_args]),  # it sees for itself what is done
+        Step(fit, (table,), (forecast, report)),
+        Step(["train.flagship", f"forecast={forecast}", f"run.dir={out / 'flagship'}"], (forecast,), (record,)),
+        Step(postmortem, (forecast, record), (result, report)),
     ]
 
 
@@ -85,10 +105,13 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--seed {args.seed}: must not be negative")
     check_writable(args.out)
     started = time.monotonic()
-    for command in commands(args.out, args.budget, args.seed, args.sweep):
-        print(f"\n$ python -m {' '.join(command)}", flush=True)
+    for step in steps(args.out, args.budget, args.seed, args.sweep):
+        print(f"\n$ python -m {' '.join(step.command)}", flush=True)
+        if step.is_through():
+            print("(done before)", flush=True)
+            continue
         step_started = time.monotonic()
-        status = subprocess.run([sys.executable, "-m", *command]).returncode
+        status = subprocess.run([sys.executable, "-m", *step.command]).returncode
         print(f"({readable_time(time.monotonic() - step_started)})", flush=True)
         if status:
             return status if status > 0 else 1

@@ -69,7 +69,7 @@ def run_row(spec: RunSpec, record: RunRecord | None = None, reason: str | None =
 
 
 def write_runs_csv(sweep: SweepDir) -> None:
-    """Rebuild runs.csv: the runs that are done, diverged or failed, in the plan's order."""
+    """Rebuild runs.csv: the runs that are done, diverged or failed, in the plan's order. Kept when nothing changed."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -78,7 +78,8 @@ def write_runs_csv(sweep: SweepDir) -> None:
         record, failure = run.record(), run.failure()
         if record or failure:
             writer.writerow(run_row(spec, record, failure["reason"] if failure else None))
-    write_text(sweep.runs_csv, text.getvalue())
+    if not sweep.runs_csv.exists() or sweep.runs_csv.read_text(encoding="utf-8") != text.getvalue():
+        write_text(sweep.runs_csv, text.getvalue())
 
 
 def read_runs_csv(sweep: SweepDir) -> dict[str, dict[str, str]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from scaling.demo import commands, main, summary
+from scaling.demo import Step, main, steps, summary
 from scaling.errors import InputError
 from scaling.files import write_json
 from scaling.grid import expand_grid, read_grid
@@ -23,13 +24,25 @@ def test_the_flagship_has_ten_times_the_grids_largest_run() -> None:
 
 
 def test_budget_and_seed_scale_and_redraw_the_grid() -> None:
-    sweep, fit, flagship, postmortem = commands(Path("o"), 2 * TARGET, seed=1)
+    sweep, fit, flagship, postmortem = (step.command for step in steps(Path("o"), 2 * TARGET, seed=1))
     assert sweep[1:] == ["+grid=demo", "sweep.dir=o/sweep", "sweep.compute_scale=2", "sweep.seed_offset=100"]
     assert fit[fit.index("--budget") + 1] == f"{2 * TARGET:g}"
     assert flagship == ["train.flagship", "forecast=o/forecast.json", "run.dir=o/flagship"]
     assert postmortem[1] == "o/flagship"
     top = max(spec.flops for spec in expand_grid(sweep[1:]).specs)
     assert abs(top / TARGET * 10 / 2 - 1) < 0.05
+
+
+def test_a_step_is_through_when_its_outputs_are_newer_than_its_inputs(tmp_path: Path) -> None:
+    source, made = tmp_path / "source", tmp_path / "made"
+    step = Step(["command"], (source,), (made,))
+    source.touch()
+    assert not step.is_through()
+    made.touch()
+    assert step.is_through()
+    os.utime(source, ns=(made.stat().st_mtime_ns + 1,) * 2)
+    assert not step.is_through()
+    assert not Step(["command"]).is_through()
 
 
 def test_summary(tmp_path: Path) -> None:
