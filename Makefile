@@ -23,7 +23,7 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: setup
 	$(BIN)/python -m scaling.demo --budget $(BUDGET) --seed $(SEED) --out $(DEMO_OUT)

@@ -22,7 +22,7 @@ GRIDS = groups()["grid"]
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_grid_expands_to_distinct_runs_on_budget(name: str) -> None:
     runs = expand_grid([f"+grid={name}"])
-    assert len({spec.run_id for spec in runs.specs}) == len(runs.specs) >= 5
+    assert len({spec.run_id for spec in runs.specs}) == len(runs.specs) >= 3
     assert all(spec.steps >= 40 for spec in runs.specs)
     assert runs.grid.name == name
     assert runs.grid.description
@@ -103,7 +103,7 @@ def test_make_run_again_from_a_spec_is_the_same_run() -> None:
     runs = expand_grid(["+grid=demo"])
     spec, base = runs.specs[-1], runs.base
     again = make_run(
-        base.family, spec.shape.width, flops=4e11, recipe=base.recipe, data=spec.data, optim=spec.optim,
+        base.family, spec.shape.width, flops=1e12, recipe=base.recipe, data=spec.data, optim=spec.optim,
         schedule=spec.schedule, eval=spec.eval, seed=spec.seed, precision=spec.precision,
         divergence_factor=spec.divergence_factor,
     )  # fmt: skip

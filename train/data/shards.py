@@ -254,7 +254,7 @@ def _bars(progress: bool) -> Bar:
             from tqdm import tqdm
 
             total = len(items) if isinstance(items, Sequence) else None
-            return tqdm(items, what, total, unit=f" {unit}", file=sys.stderr, mininterval=0.5, disable=None)
+            return tqdm(items, what, total, unit=f" {unit}", file=sys.stderr, mininterval=0.5)
 
         return wrap
 
