@@ -19,6 +19,9 @@ CANDIDATES = ("chinchilla", "tied", "chinchilla_no_floor", "tied_no_floor")
 CLEAR_WIN = 0.65
 """A special case replaces Chinchilla's law when its backtest error is below this times that of Chinchilla's law."""
 
+TIE = 1.05
+"""Of laws whose backtest errors are within this factor of the least, the one with the fewest parameters is taken."""
+
 _MAX_CUTS = 6
 _LEAST_RANGE = 0.7
 _DRAWS = 100
@@ -135,7 +138,8 @@ def choose_law(data: Points, noise: float, delta: float = HUBER_DELTA) -> Choice
         return Choice(laws[0], (), {})
     full = [law for law in laws if len(table[law.name]) == most]
     scores = {law.name: score(table[law.name]) for law in full}
-    best = min(full, key=lambda law: scores[law.name])
+    least = min(scores.values())
+    best = min((law for law in full if scores[law.name] <= TIE * least), key=lambda law: len(law.free))
     chosen = best if scores[best.name] < CLEAR_WIN * scores[full[0].name] else full[0]
     raw = {name: (scores[best.name] / max(s, 1e-12)) ** 4 for name, s in scores.items()}
     weights = {name: w / sum(raw.values()) for name, w in raw.items()}

@@ -27,6 +27,8 @@ WINDOW = 0.03
 """Runs within this relative loss of their cell's best enter its parabola (at least four do): further out it is none."""
 BATCH_GAP = 0.01
 """A batch whose best loss is this much (relative) above the best batch's adds a standard deviation of 1 to its ln peak_lr."""
+BATCH_PRIOR = (0.571, 0.1)
+"""Exponent of D in the batch law and its standard deviation: Step Law, arXiv 2503.04715."""
 _LEAST_POINTS = 4
 _SEPARABLE = 0.2
 _NOISE_FLOOR = 1e-3
@@ -178,9 +180,15 @@ def _cell(n: float, d: float, per_batch: Sequence[tuple[float, Parabola, int]]) 
 
 
 def fit_batch(found: Sequence[Cell]) -> HyperLaw:
-    """batch_tokens = c · D^b by least squares through the cells' best batches."""
+    """batch_tokens = c · D^b by least squares through the cells' best batches, b drawn towards Step Law's .571 ± .1.
+
+    A best batch is known to a factor of two at best: a few cells over a decade of D say little about b, and a forecast
+    extrapolates it.
+    """
     x = np.column_stack([np.ones(len(found)), np.log([c.n_tokens for c in found])])
-    theta, half = _least_squares(x, [c.batch for c in found])
+    value, sd = BATCH_PRIOR
+    prior = Parabola(value, 0.0, 0.0, sd, True)
+    theta, half = _least_squares(np.vstack([x, [0.0, 1.0]]), [*(c.batch for c in found), prior])
     return HyperLaw(float(np.exp(theta[0])), 0.0, float(theta[1]), None, float(half[1]))
 
 
