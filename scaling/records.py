@@ -64,8 +64,6 @@ class RunRecord:
     """Held-out loss at the end, nats per token; None unless status is ok."""
     bits_per_byte: float | None
     """The same in bits per byte of held-out text."""
-    domain_losses: dict[str, float]
-    """Held-out loss by domain of the corpus, nats per token, where the corpus has domains."""
     train_loss: float | None
     """Mean training loss of the last tenth of the run's steps."""
     epochs: float
@@ -86,7 +84,6 @@ class RunRecord:
     """Git commit of the code, with "+dirty" when the work tree was changed; None outside a clone."""
     reason: str | None = None
     """Why the run diverged or failed, one line."""
-    wandb_id: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:

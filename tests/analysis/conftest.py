@@ -52,7 +52,7 @@ def write_record(run: RunDir, spec: RunSpec, loss: float | None, status: str = "
     params = {c: spec.params.count(c) for c in ("total", "non_embedding", "body_head")}
     flops = {c: training_flops(spec.shape, spec.tokens, c) for c in ("exact", "full_attention", "6nd")}
     RunRecord(
-        spec.run_id, status, spec, params, spec.tokens, flops, loss, None, {}, None, 0.1, 1.0, 1.0, 1.0, None, 1,
+        spec.run_id, status, spec, params, spec.tokens, flops, loss, None, None, 0.1, 1.0, 1.0, 1.0, None, 1,
         "cpu", 1, {}, None, None if status == "ok" else "loss above 2 × its minimum",
     ).write_once(run.record_json)  # fmt: skip
     if loss is not None:

@@ -26,7 +26,6 @@ def record(spec: RunSpec, attempt: int, status: str) -> RunRecord:
         flops={name: training_flops(spec.shape, spec.tokens, name) for name in FLOPS_CONVENTIONS},
         loss=3.0 if status == "ok" else None,
         bits_per_byte=1.5 if status == "ok" else None,
-        domain_losses={},
         train_loss=3.1,
         epochs=0.1,
         wall_s=0.1,

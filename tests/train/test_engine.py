@@ -20,6 +20,7 @@ from scaling.errors import InputError
 from scaling.records import DataManifest
 from scaling.spec import RunSpec, ScheduleSpec
 from scaling.sweepdir import LostLease, RunDir
+from train.data.loader import validation_windows
 from train.data.shards import Corpus
 from train.engine import Host, checkpoint, train
 from train.engine.loop import Trainer
@@ -68,9 +69,13 @@ def test_a_run_learns_and_its_record_says_what_it_was(
     assert rows[0]["train_loss"] == pytest.approx(math.log(spec.shape.vocab_size), rel=0.15)
     assert record.loss == rows[-1]["val_loss"] < 0.8 * rows[0]["train_loss"]
     assert sum("val_loss" in row for row in rows) == spec.eval.points
-    assert record.bits_per_byte == pytest.approx(
-        record.loss / math.log(2) * manifest.validation_tokens / manifest.validation_bytes
+    corpus = Corpus.open(spec.data.digest)
+    predicted = list(validation_windows(corpus.validation, spec.shape.seq_len, spec.eval.tokens, 1))
+    text = b"".join(
+        corpus.tokenizer.decode(t.flatten().tolist(), skip_special_tokens=True).encode() for _, t in predicted
     )
+    tokens = sum(t.numel() for _, t in predicted)
+    assert record.bits_per_byte == pytest.approx(record.loss / math.log(2) * tokens / len(text), rel=0.02)
     assert record.flops["exact"] == spec.flops
     assert record.params["body_head"] == spec.params.body_head
     assert record.tokens == spec.tokens == rows[-1]["tokens"]

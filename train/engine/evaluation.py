@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from scaling.records import DataManifest
 from train.data.loader import Corpus, validation_windows
 from train.model.decoder import Decoder
 
@@ -30,6 +29,15 @@ def held_out_loss(model: Decoder, corpus: Corpus, eval_tokens: int, device: torc
     return total / count
 
 
-def bits_per_byte(loss: float, manifest: DataManifest) -> float:
-    """Nats per token to bits per byte of the held-out text: loss / ln 2 × tokens / bytes."""
-    return loss / math.log(2) * manifest.validation_tokens / manifest.validation_bytes
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Nats per token to bits per byte: loss / (ln 2 · bytes per token)."""
+    return loss / (math.log(2) * bytes_per_token)
+
+
+def held_out_bytes_per_token(corpus: Corpus, seq_len: int, eval_tokens: int) -> float:
+    """Bytes of text behind the tokens that `held_out_loss` predicts, a token."""
+    total, count = 0, 0
+    for _, targets_BT in validation_windows(corpus.validation, seq_len, eval_tokens, max(1, BATCH_TOKENS // seq_len)):
+        total += int(corpus.token_bytes[targets_BT.numpy()].sum())
+        count += targets_BT.numel()
+    return total / count

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from scaling.spec import RunSpec
 from scaling.sweepdir import Lease, RunDir
 from train.data.loader import Corpus, Loader
 from train.engine import checkpoint
-from train.engine.evaluation import bits_per_byte, held_out_loss
+from train.engine.evaluation import bits_per_byte, held_out_bytes_per_token, held_out_loss
 from train.engine.metrics import MetricsLog, start_wandb
 from train.engine.optim import Optimizers
 from train.engine.schedule import lr_factor
@@ -153,6 +154,11 @@ class Trainer:
         """Held-out loss, nats per token."""
         return held_out_loss(self.model, self.corpus, self.spec.eval.tokens, self.device)
 
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Of the held-out tokens that `evaluate` predicts."""
+        return held_out_bytes_per_token(self.corpus, self.spec.shape.seq_len, self.spec.eval.tokens)
+
     def is_evaluation_step(self) -> bool:
         """Whether the step just done is one of the run's evenly spaced evaluations; the last step is one."""
         step, steps, points = self.progress.step, self.spec.steps, self.host.eval_points or self.spec.eval.points
@@ -262,7 +268,7 @@ def _steps(trainer: Trainer, run: RunDir, lease: Lease, log: MetricsLog, began: 
             if trainer.is_evaluation_step():
                 val_loss = trainer.evaluate()
                 row["val_loss"] = val_loss
-                row["val_bits_per_byte"] = bits_per_byte(val_loss, trainer.corpus.manifest)
+                row["val_bits_per_byte"] = bits_per_byte(val_loss, trainer.bytes_per_token)
             log.write(row)
             bar.update()
             bar.set_postfix(loss=f"{row['train_loss']:.3f}", refresh=False)
@@ -312,8 +318,7 @@ def _record(trainer: Trainer, lease: Lease, status: Status, loss: float | None, 
         tokens=tokens,
         flops=flops,
         loss=loss,
-        bits_per_byte=None if loss is None else bits_per_byte(loss, corpus.manifest),
-        domain_losses={},
+        bits_per_byte=None if loss is None else bits_per_byte(loss, trainer.bytes_per_token),
         train_loss=progress.tail_loss / trainer.tail_steps if status == "ok" else None,
         epochs=tokens / corpus.manifest.train_tokens,
         wall_s=progress.wall_s,

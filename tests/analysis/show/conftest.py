@@ -42,7 +42,6 @@ def record_of(spec: RunSpec, loss: float) -> RunRecord:
         flops={"exact": spec.flops, "full_attention": spec.flops, "6nd": 6.0 * params["body_head"] * spec.tokens},
         loss=loss,
         bits_per_byte=loss / 2,
-        domain_losses={},
         train_loss=loss,
         epochs=0.1,
         wall_s=1.0,
