@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from analysis.inference import FitResult
-from analysis.laws.surface import Floats
+from analysis.laws.law import Floats
 from scaling.accounting import PARAMS_CONVENTIONS, ParamsConvention, count_params, flops_per_token
 from scaling.errors import InputError
 from scaling.shape import ShapeFamily

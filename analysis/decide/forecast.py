@@ -13,7 +13,7 @@ import numpy as np
 from analysis.decide.allocate import best_width, family_flops_per_token, predict_with_intervals
 from analysis.inference import FitResult
 from analysis.inference.uncertainty import t_quantile
-from analysis.laws.surface import Floats
+from analysis.laws.law import Floats
 from analysis.runs import Runs
 from scaling.accounting import ParamsConvention, count_params
 from scaling.config import to_dict

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.points import Points, compute_levels, frontier_rows
-from analysis.inference.solver import HUBER_DELTA, solve
-from analysis.inference.uncertainty import FormError, bootstrap, log_predictions, t_quantile
-from analysis.laws.surface import SurfaceLaw, get_law
+from analysis.inference.solver import HUBER, Robust, log_predictions, solve
+from analysis.inference.uncertainty import FormError, bootstrap, t_quantile
+from analysis.laws.law import Law
+from analysis.laws.surface import get_law
 
 CANDIDATES = ("chinchilla", "tied", "chinchilla_no_floor", "tied_no_floor")
 """Chinchilla's law and its special cases, from the most general."""
@@ -68,7 +69,7 @@ def cuts(data: Points, minimum_cells: int) -> list[float]:
 
 
 def backtest(
-    law: SurfaceLaw, data: Points, noise: float, at: Sequence[float] | None = None, delta: float = HUBER_DELTA
+    law: Law, data: Points, noise: float, at: Sequence[float] | None = None, robust: Robust = HUBER
 ) -> tuple[BacktestRow, ...]:
     """Hold out everything above each cut, refit, predict.
 
@@ -84,9 +85,9 @@ def backtest(
         below, above = data.take(data.log_flops <= cut), data.take(data.log_flops > cut)
         if below.n_cells < len(law.free) or not len(above):
             continue
-        best = solve(law, below.x, below.loss, delta).values[0]
-        predicted = log_predictions(law, best[None], above.x)[0]
-        draws = log_predictions(law, bootstrap(law, below, best, _DRAWS, 0, delta).values, above.x) - predicted
+        best = solve(law, below.columns, below.loss, robust).values[0]
+        predicted = log_predictions(law, best[None], above.columns)[0]
+        draws = log_predictions(law, bootstrap(law, below, best, _DRAWS, 0, robust).values, above.columns) - predicted
         error = np.log(above.loss) - predicted
         sd = np.sqrt((draws**2).mean(0) + noise**2)
         freedom = max(below.n_cells - len(law.free), 1)
@@ -117,14 +118,14 @@ def score(rows: Sequence[BacktestRow]) -> float:
 class Choice:
     """The law that a fit goes by, and what its rivals are worth."""
 
-    law: SurfaceLaw
+    law: Law
     rows: tuple[BacktestRow, ...]
     """The backtest of every candidate."""
     weights: dict[str, float]
     """Of every candidate, (least rms error / its rms error)⁴, summing to 1; empty without a backtest."""
 
 
-def choose_law(data: Points, noise: float, delta: float = HUBER_DELTA) -> Choice:
+def choose_law(data: Points, noise: float, robust: Robust = HUBER) -> Choice:
     """Chinchilla's law, unless one of its special cases predicts held-out compute clearly better (CLEAR_WIN).
 
     All candidates are judged at the same cuts: those that leave Chinchilla's law enough runs, or, in a sweep too small
@@ -132,7 +133,7 @@ def choose_law(data: Points, noise: float, delta: float = HUBER_DELTA) -> Choice
     """
     laws = [get_law(name) for name in CANDIDATES if len(get_law(name).free) <= data.n_cells]
     at: list[float] = next((c for law in laws if (c := cuts(data, len(law.free) + 1))), [])
-    table = {law.name: backtest(law, data, noise, at, delta) for law in laws}
+    table = {law.name: backtest(law, data, noise, at, robust) for law in laws}
     most = max(len(r) for r in table.values())
     if most == 0:
         return Choice(laws[0], (), {})

@@ -13,9 +13,11 @@ from numpy.typing import ArrayLike
 from analysis.inference.backtest import BacktestRow, backtest, choose_law, form_error
 from analysis.inference.isoflop import approaches
 from analysis.inference.points import Points, check_enough, compute_levels, frontier_rows, points, seed_noise
-from analysis.inference.solver import HUBER_DELTA, solve
-from analysis.inference.uncertainty import FormError, bootstrap, log_predictions, t_quantile
-from analysis.laws.surface import Floats, SurfaceLaw, compute_optimal, get_law, log_variables
+from analysis.inference.solver import HUBER, Robust, log_predictions, solve
+from analysis.inference.uncertainty import FormError, bootstrap, t_quantile
+from analysis.laws.law import Floats, Law, complete
+from analysis.laws.power import compute_optimal
+from analysis.laws.surface import get_law
 from analysis.runs import Runs
 from scaling.errors import InputError
 
@@ -75,7 +77,7 @@ class FitResult:
     _draws: Floats = field(default_factory=lambda: np.empty((0, 0)), repr=False)
 
     @property
-    def surface(self) -> SurfaceLaw:
+    def surface(self) -> Law:
         """The law's form."""
         return get_law(self.law)
 
@@ -105,14 +107,14 @@ class FitResult:
         """Standard deviation of ln loss of one run at (N, D), all parts."""
         n, d = np.broadcast_arrays(np.asarray(n, float), np.asarray(d, float))
         flops = self._flops(n, d)
-        x = log_variables(n, d, flops).reshape(-1, 3)
+        x = {k: v.ravel() for k, v in complete({"n_params": n, "n_tokens": d, "flops": flops}).items()}
         centre = log_predictions(self.surface, self._values[None], x)
         deviation = log_predictions(self.surface, self._draws, x) - centre
         p = len(self.surface.free)
         widened = self.n_cells / max(self.n_cells - p, 1)
         parameter = ((deviation**2).mean(0) * widened).reshape(np.shape(n))
         form = self.form.sd(np.log(flops / self.largest_flops))
-        spread = np.zeros(len(x))
+        spread = np.zeros(np.size(n))
         for rival in self.rivals:
             spread += rival.weight * (log_predictions(get_law(rival.law), rival.values, x)[0] - centre[0]) ** 2
         sd: Floats = np.sqrt(parameter + form**2 + spread.reshape(np.shape(n)) + self.run_noise**2)
@@ -157,16 +159,14 @@ class FitResult:
         return float(grid[best]), float(tokens[best])
 
 
-def fit_law(
-    runs: Runs, law: str = "auto", *, draws: int = DRAWS, seed: int = 0, delta: float = HUBER_DELTA
-) -> FitResult:
+def fit_law(runs: Runs, law: str = "auto", *, draws: int = DRAWS, seed: int = 0, robust: Robust = HUBER) -> FitResult:
     """Fit a law.
 
     Args:
         law: a name in LAWS, or "auto": Chinchilla's law unless the backtest clearly prefers a special case of it.
         draws: bootstrap refits.
         seed: of the bootstrap; equal inputs give equal results.
-        delta: Huber's threshold on the log residual.
+        robust: the loss of residuals.
     Raises:
         InputError: unknown law, or fewer different runs than it has parameters.
     """
@@ -178,24 +178,24 @@ def fit_law(
     else:
         check_enough(data, form)
     seeds = seed_noise(data)
-    first = solve(form, data.x, data.loss, delta)
+    first = solve(form, data.columns, data.loss, robust)
     noise = _run_noise(form, data, first.values[0], seeds)
     rivals: tuple[Rival, ...] = ()
     if law == "auto":
-        choice = choose_law(data, noise, delta)
+        choice = choose_law(data, noise, robust)
         form = choice.law
-        best = solve(form, data.x, data.loss, delta)
+        best = solve(form, data.columns, data.loss, robust)
         rows = tuple(sorted(choice.rows, key=lambda r: r.law != form.name))
         rivals = tuple(
-            Rival(name, weight, solve(get_law(name), data.x, data.loss, delta).values)
+            Rival(name, weight, solve(get_law(name), data.columns, data.loss, robust).values)
             for name, weight in choice.weights.items()
             if name != form.name
         )
     else:
-        best, rows = first, backtest(form, data, noise, delta=delta)
+        best, rows = first, backtest(form, data, noise, robust=robust)
     values = best.values[0]
     noise = _run_noise(form, data, values, seeds)
-    sample = bootstrap(form, data, values, draws, seed, delta).values
+    sample = bootstrap(form, data, values, draws, seed, robust).values
     named = [form.parameters(v) for v in sample]
     samples = {name: np.array([s[name] for s in named]) for name in form.parameters(values)}
     top = compute_levels(data) == compute_levels(data).max()
@@ -205,7 +205,7 @@ def fit_law(
         objective=float(best.objective[0]),
         n_runs=len(data),
         run_ids=data.run_ids,
-        residuals=np.log(data.loss) - log_predictions(form, best.values, data.x)[0],
+        residuals=np.log(data.loss) - log_predictions(form, best.values, data.columns)[0],
         intervals={k: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for k, v in samples.items()},
         samples=samples,
         seed_noise=seeds,
@@ -225,16 +225,16 @@ def fit_law(
     )
 
 
-def _run_noise(law: SurfaceLaw, data: Points, values: Floats, seeds: float | None) -> float:
+def _run_noise(law: Law, data: Points, values: Floats, seeds: float | None) -> float:
     """The larger of seed noise and the residuals' robust spread (1.4826·median |r|, widened by √(n/(n−p)))."""
-    r = np.log(data.loss) - log_predictions(law, values[None], data.x)[0]
+    r = np.log(data.loss) - log_predictions(law, values[None], data.columns)[0]
     n, p = data.n_cells, len(law.free)
     spread = 1.4826 * float(np.median(np.abs(r))) * float(np.sqrt(n / max(n - p, 1)))
     return max(spread, seeds or 0.0, 1e-6)
 
 
 def _warnings(
-    law: SurfaceLaw,
+    law: Law,
     data: Points,
     parameters: Mapping[str, float],
     samples: Mapping[str, Floats],

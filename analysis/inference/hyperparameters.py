@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.laws.surface import Floats
+from analysis.laws.law import Floats
 from analysis.runs import Runs
 from scaling.errors import InputError
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from analysis.laws.surface import Floats, SurfaceLaw, log_variables
+from analysis.laws.law import VARIABLES, Floats, Law, complete
+from analysis.laws.power import log_variables
 from analysis.runs import Runs
 from scaling.errors import InputError
 
@@ -15,8 +17,8 @@ from scaling.errors import InputError
 class Points:
     """n runs."""
 
-    x: Floats
-    """(n, 3): ln N, ln D, ln C."""
+    columns: dict[str, Floats]
+    """The variables of laws (analysis.laws.law.VARIABLES) by name, (n,) each; n_params, n_tokens and flops always."""
     loss: Floats
     """(n,)"""
     cell: np.ndarray
@@ -26,6 +28,11 @@ class Points:
     def __len__(self) -> int:
         return len(self.loss)
 
+    @cached_property
+    def x(self) -> Floats:
+        """(n, 3): ln N, ln D, ln C."""
+        return log_variables(self.columns["n_params"], self.columns["n_tokens"], self.columns["flops"])
+
     @property
     def log_flops(self) -> Floats:
         """(n,) ln C."""
@@ -34,7 +41,8 @@ class Points:
     def take(self, rows: np.ndarray) -> Points:
         """The runs of a boolean mask or an index array."""
         ids = np.array(self.run_ids, dtype=object)[rows]
-        return Points(self.x[rows], self.loss[rows], self.cell[rows], tuple(ids))
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return Points(columns, self.loss[rows], self.cell[rows], tuple(ids))
 
     @property
     def n_cells(self) -> int:
@@ -43,12 +51,12 @@ class Points:
 
 
 def points(runs: Runs) -> Points:
-    """Arrays of a table of runs. A cell is one (N, D), and one peak_lr and batch where the table has them."""
+    """Arrays of a table of runs. Runs of one cell differ by seed alone."""
     t = runs.table
-    x = log_variables(t["n_params"].to_numpy(float), t["n_tokens"].to_numpy(float), t["flops"].to_numpy(float))
-    keys = [c for c in ("n_params", "n_tokens", "peak_lr", "batch_tokens") if c in t]
-    cell = t.groupby(keys, dropna=False).ngroup().to_numpy()
-    return Points(x, t["loss"].to_numpy(float), cell, tuple(t["run_id"]))
+    keys = [c for c in t.columns if c not in ("run_id", "status", "seed", "loss", "flops", "trunk")]
+    cell = t.groupby([t[k] for k in keys], dropna=False).ngroup().to_numpy()
+    columns = complete({name: t[name].to_numpy(float) for name in VARIABLES if name in t})
+    return Points(columns, t["loss"].to_numpy(float), cell, tuple(t["run_id"]))
 
 
 def frontier_rows(data: Points, tolerance: float = 0.05) -> np.ndarray:
@@ -88,7 +96,7 @@ def seed_noise(data: Points) -> float | None:
     return float(np.sqrt(np.sum((log_loss - mean[cell]) ** 2) / freedom))
 
 
-def check_enough(data: Points, law: SurfaceLaw) -> None:
+def check_enough(data: Points, law: Law) -> None:
     """Refuse fewer different runs than the law has parameters.
 
     Raises:

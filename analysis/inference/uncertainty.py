@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from analysis.inference.points import Points
-from analysis.inference.solver import Solution, resolve
-from analysis.laws.surface import Floats, SurfaceLaw
+from analysis.inference.solver import HUBER, Robust, Solution, resolve
+from analysis.laws.law import Floats, Law
 
 _MULTINOMIAL_FROM = 50
 
@@ -31,19 +31,9 @@ def resample_weights(data: Points, draws: int, seed: int) -> Floats:
     return weights
 
 
-def bootstrap(law: SurfaceLaw, data: Points, best: Floats, draws: int, seed: int, delta: float) -> Solution:
+def bootstrap(law: Law, data: Points, best: Floats, draws: int, seed: int, robust: Robust = HUBER) -> Solution:
     """Refit under resampled runs; rows of `.values` are draws of the parameters."""
-    return resolve(law, data.x, data.loss, best, resample_weights(data, draws, seed), delta)
-
-
-def log_predictions(law: SurfaceLaw, values: Floats, x: Floats) -> Floats:
-    """(R, m): ln L̂ of R parameter vectors at m points (m, 3) of ln N, ln D, ln C."""
-    k = len(law.terms)
-    z = np.einsum("kev,nv->ken", law.design(), x)
-    out = np.zeros((len(values), len(x)))
-    for i in range(k):
-        out += values[:, i, None] * np.exp(-values[:, k:] @ z[i])
-    return np.log(out)
+    return resolve(law, data.columns, data.loss, best, resample_weights(data, draws, seed), robust)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from analysis.laws.surface import SurfaceLaw, compute_optimal, get_law
+from analysis.laws.law import Law
+from analysis.laws.power import compute_optimal
+from analysis.laws.surface import get_law
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class PublishedLaw:
     source: str
 
     @property
-    def law(self) -> SurfaceLaw:
+    def law(self) -> Law:
         """The form."""
         return get_law("chinchilla")
 

@@ -16,7 +16,7 @@ coefficient = st.floats(0.1, 1e4)
 @given(name=st.sampled_from(sorted(LAWS)), data=st.data(), n=st.floats(1e4, 1e12), d=st.floats(1e5, 1e14))
 def test_gradient_agrees_with_finite_differences(name: str, data: st.DataObject, n: float, d: float) -> None:
     law = get_law(name)
-    values = [data.draw(coefficient) for _ in law.coefficients] + [data.draw(exponent) for _ in law.exponents]
+    values = [data.draw(coefficient if q.linear or q.name in "AB" else exponent) for q in law.domain]
     _, gradient = law.value_and_gradient(law.parameters(values), n, d)
     for i, value in enumerate(values):
         step = 1e-6 * value

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.inference.solver import HUBER_DELTA, huber, resolve, solve
-from analysis.laws.surface import Floats, get_law, log_variables
+from analysis.laws import Floats, get_law
+from analysis.laws.law import complete
 
 
 def _grid() -> tuple[Floats, Floats]:
@@ -21,10 +22,14 @@ def _grid() -> tuple[Floats, Floats]:
     return n, budgets.ravel() / 6 / n
 
 
-def epoch(golden: Path) -> tuple[Floats, Floats]:
+def _columns(n: Floats, d: Floats) -> dict[str, Floats]:
+    return complete({"n_params": n, "n_tokens": d})
+
+
+def epoch(golden: Path) -> tuple[dict[str, Floats], Floats]:
     frame = pd.read_csv(golden / "epoch_svg" / "points.csv").sort_values("loss").iloc[:-5]
     n, c = frame["Model Size"].to_numpy(float), frame["Training FLOP"].to_numpy(float)
-    return log_variables(n, c / (6 * n), c), frame["loss"].to_numpy(float)
+    return _columns(n, c / (6 * n)), frame["loss"].to_numpy(float)
 
 
 @settings(max_examples=40, deadline=None)
@@ -35,7 +40,7 @@ def test_noise_free_surfaces_are_recovered(e: float, alpha: float, beta: float, 
     n, d = _grid()
     a, b = share * 2 * np.median(n) ** alpha, (1 - share) * 2 * np.median(d) ** beta
     loss = e + a * n**-alpha + b * d**-beta
-    found = solve(get_law("chinchilla"), log_variables(n, d), loss)
+    found = solve(get_law("chinchilla"), _columns(n, d), loss)
     assert found.objective[0] < 1e-18
     assert found.values[0] == pytest.approx([e, a, b, alpha, beta], rel=1e-4)
 
@@ -60,7 +65,7 @@ def test_the_minimum_is_stationary_and_no_start_beats_it() -> None:
     rng = np.random.default_rng(3)
     n, d = _grid()
     loss = (1.7 + 400 / n**0.34 + 410 / d**0.28) * np.exp(0.01 * rng.standard_normal(len(n)))
-    law, x = get_law("chinchilla"), log_variables(n, d)
+    law, x = get_law("chinchilla"), _columns(n, d)
     best = solve(law, x, loss)
 
     def objective(v: Floats) -> float:
@@ -76,10 +81,10 @@ def test_a_floor_that_data_deny_is_zero_not_negative() -> None:
     n, d = _grid()
     loss = np.exp(-0.004 * np.log(6 * n * d / 1e17) ** 2) * (200 / n**0.25 + 200 / d**0.25)  # bends below a power law
     law = get_law("chinchilla")
-    found = solve(law, log_variables(n, d), loss)
+    found = solve(law, _columns(n, d), loss)
     p = law.parameters(found.values[0])
     assert p["E"] == 0
-    pinned = solve(get_law("chinchilla_no_floor"), log_variables(n, d), loss)
+    pinned = solve(get_law("chinchilla_no_floor"), _columns(n, d), loss)
     assert found.objective[0] == pytest.approx(pinned.objective[0], rel=1e-6)
 
 
@@ -87,13 +92,13 @@ def test_unit_weights_give_the_fit_and_repeated_rows_equal_weights() -> None:
     rng = np.random.default_rng(0)
     n, d = _grid()
     loss = (1.7 + 400 / n**0.34 + 410 / d**0.28) * np.exp(0.01 * rng.standard_normal(len(n)))
-    law, x = get_law("chinchilla"), log_variables(n, d)
+    law, x = get_law("chinchilla"), _columns(n, d)
     best = solve(law, x, loss)
     counts = rng.multinomial(len(n), np.full(len(n), 1 / len(n)), size=2).astype(float)
     refit = resolve(law, x, loss, best.values[0], np.vstack([np.ones(len(n)), counts]))
     assert refit.values[0] == pytest.approx(best.values[0], rel=1e-6)
     rows = np.repeat(np.arange(len(n)), counts[0].astype(int))
-    repeated = solve(law, x[rows], loss[rows])
+    repeated = solve(law, {k: v[rows] for k, v in x.items()}, loss[rows])
     assert refit.objective[1] == pytest.approx(repeated.objective[0], rel=1e-6)
 
 
@@ -104,5 +109,5 @@ def test_every_law_is_recovered_from_its_own_predictions(name: str) -> None:
         name, [*([1.5] if "E" in law.free else []), 300.0, 500.0, 0.3, *([0.35] if "beta" in law.free else [])]
     ))  # fmt: skip
     n, d = _grid()
-    found = solve(law, log_variables(n, d), law.predict(true, n, d))
+    found = solve(law, _columns(n, d), law.predict(true, n, d))
     assert law.parameters(found.values[0]) == pytest.approx(true, rel=1e-4, abs=1e-9)

@@ -169,7 +169,7 @@ def test_bootstrap_of_noise_free_runs_does_not_move() -> None:
     data = points(simulated(0.0, 0))
     law = get_law("chinchilla")
     best = np.array([1.7, 400, 410, 0.34, 0.28])
-    draws = bootstrap(law, data, best, 20, 0, 1e-3).values
+    draws = bootstrap(law, data, best, 20, 0).values
     assert np.ptp(draws / best, axis=0).max() < 1e-5
 
 
