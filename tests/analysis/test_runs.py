@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from analysis.inference import fit_law
-from analysis.runs import load_points, load_runs
+from analysis.runs import conventions, convert_loss, join_runs, load_points, load_runs
 from scaling.errors import InputError
 from scaling.sweepdir import SweepDir
 from scaling.table import write_runs_csv
@@ -91,16 +93,36 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     assert list(runs.table["loss"]) == [3.1, 2.9]
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_parquet_and_json_lines(tmp_path: Path, suffix: str) -> None:
-    frame = pd.DataFrame({"N": [1e6, 2e6], "D": [2e7, 4e7], "loss": [3.1, 2.9]})
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".tsv", ".csv.gz", ".csv.zst"])
+def test_kinds_of_file(tmp_path: Path, suffix: str) -> None:
+    frame = pd.DataFrame({"N": [1e6, 2e6], "D": [2e7, 4e7], "loss": [3.1, 2.9], "run_id": ["007", "1e5"]})
     path = tmp_path / f"runs{suffix}"
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
-        frame.to_parquet(path)
+        frame.set_index("N").to_parquet(path)  # an index is a column too
     else:
-        frame.to_json(path, orient="records", lines=True)
-    assert list(load_runs(path).table["loss"]) == [3.1, 2.9]
+        lines = ".jsonl" in suffix
+        text = (
+            frame.to_json(orient="records", lines=True)
+            if lines
+            else frame.to_csv(index=False, sep=_delimiter(suffix))
+        )
+        path.write_bytes(_pack(text.encode(), suffix))
+    table = load_runs(path).table
+    assert list(table["loss"]) == [3.1, 2.9]
+    assert list(table["run_id"]) == ["007", "1e5"]
+
+
+def _delimiter(suffix: str) -> str:
+    return "\t" if suffix == ".tsv" else ","
+
+
+def _pack(content: bytes, suffix: str) -> bytes:
+    if suffix.endswith(".gz"):
+        return gzip.compress(content)
+    if suffix.endswith(".zst"):
+        return pytest.importorskip("zstandard").ZstdCompressor().compress(content)  # type: ignore[no-any-return]
+    return content
 
 
 @pytest.mark.parametrize(
@@ -173,3 +195,272 @@ def test_points_to_predict(tmp_path: Path) -> None:
     path.write_text("n_params,loss\n1e6,1\n")
     with pytest.raises(InputError, match="no column n_tokens"):
         load_points(path)
+
+
+def test_which_of_two_columns_is_said(tmp_path: Path) -> None:
+    runs = load_runs(
+        _csv(tmp_path, "params,n_params_total,D,loss,val_loss\n1e6,2e6,2e7,3.1,3.2\n2e6,3e6,4e7,2.9,3.0\n")
+    )
+    assert list(runs.table["n_params"]) == [1e6, 2e6]
+    assert list(runs.table["loss"]) == [3.1, 2.9]
+    assert any("n_params is column 'params'; also there: 'n_params_total'" in note for note in runs.notes)
+    assert any("loss is column 'loss'; also there: 'val_loss'" in note for note in runs.notes)
+
+
+def test_a_text_column_of_a_usual_name_gives_way(tmp_path: Path) -> None:
+    runs = load_runs(_csv(tmp_path, "params,n,d,loss\nkaplan,1e6,2e7,3.1\nkaplan,2e6,4e7,2.9\n"))
+    assert list(runs.table["n_params"]) == [1e6, 2e6]
+
+
+def test_columns_that_some_laws_need_are_carried(tmp_path: Path) -> None:
+    header = "id,N,D,loss,d_model,n_layers,seed,lr,bs,seq_len,unique_tokens,num_experts,n_active,bits,trunk_id\n"
+    row = "a,1e6,2e7,3.1,64,4,0,1e-3,8,128,1e7,8,5e5,16,t\n"
+    table = load_runs(_csv(tmp_path, header + row + row.replace("a,1e6", "b,2e6"))).table
+    assert {k: table[k][0] for k in ("width", "depth", "seed", "peak_lr", "batch_tokens", "unique_tokens")} == {
+        "width": 64, "depth": 4, "seed": 0, "peak_lr": 1e-3, "batch_tokens": 1024, "unique_tokens": 1e7
+    }  # fmt: skip
+    assert {k: table[k][0] for k in ("experts", "active_params", "weight_bits", "trunk")} == {
+        "experts": 8, "active_params": 5e5, "weight_bits": 16, "trunk": "t"
+    }  # fmt: skip
+
+
+def test_an_incomplete_optional_column_is_left_out_or_refused_if_asked_for(tmp_path: Path) -> None:
+    path = _csv(tmp_path, "N,D,loss,lr\n1e6,2e7,3.1,1e-3\n2e6,4e7,2.9,\n")
+    runs = load_runs(path)
+    assert "peak_lr" not in runs.table
+    assert any("column 'lr' is left out: row 3" in note for note in runs.notes)
+    with pytest.raises(InputError, match="row 3, column 'lr'"):
+        load_runs(path, {"peak_lr": "lr"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("N,D,C,loss\n1e8,1.2e18,1.2e18,3.1\n2e8,4.8e18,4.8e18,2.9\n", r"'D' \(n_tokens\) .*looks like FLOPs"),
+        ("N,D,C,loss\n1e4,2.4e10,2.4e10,3.1\n2e4,9.6e10,9.6e10,2.9\n", "'D' .*looks like FLOPs: it equals 'C'"),
+        ("N,D,loss\n1e8,1.2e20,3.1\n2e8,4.8e20,2.9\n", "'D' .*looks like FLOPs: map it as flops"),
+        ("N,C,loss\n1e8,2e9,3.1\n2e8,4e9,2.9\n", "gives n_tokens = .*another unit"),
+        ("N,D,loss\n0.5,2e10,3.1\n7,1.4e11,2.9\n", r"'N' .*at most 7: too few parameters; counted in .*billions"),
+        ("N,D,loss\n5e8,10,3.1\n7e9,140,2.9\n", "'D' .*at most 140: too few tokens"),
+        ("N,D,C,loss\n5e8,1e10,30,3.1\n7e9,1.4e11,5880,2.9\n", "'C' .*too few FLOPs; .*8.64e19"),
+        ("N,D,C,loss\n5e5,1e10,3e19,3.1\n7e6,1.4e11,5.9e21,2.9\n", "times 6 × 'N' × 'D' .*one of .* another unit"),
+        ("N,D,C,loss\n5e8,1e10,3e29,3.1\n7e9,1.4e11,5.9e31,2.9\n", r"'C' \(flops\) is likely wrong"),
+        ("N,D,C,loss\n1e8,2e9,1.2e18,3\n1e8,4e9,2.4e18,2.9\n1e8,8e9,4.8e21,2.8\n", r"1\b.* but 1e\+03 times in row 4"),
+        ("N,D,loss\n1e10,1e6,3.1\n2e10,2e6,2.9\n", "'N' .*1e\\+04 times 'D' .*swapped"),
+        ("N,D,loss\n7e9,1.4e11,2.1\n1.3,2e10,2.9\n5e8,1e10,3.1\n0.1,2e9,3.3\n", "mixes units: rows 3, 5 hold up to 1.3"),
+        ("N,D,loss\n1e6,2e7,22.3\n2e6,4e7,18\n", "row 2, column 'loss': loss 22.3 .*perplexity"),
+        ("N,D,loss\n1e6,2e7,0\n2e6,4e7,3\n", "row 2, column 'loss': 0.* is not a positive number"),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be_are_refused_with_the_fix(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        load_runs(_csv(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("N,D,loss\n1e7,2e8,.31\n2e7,4e8,.35\n4e7,8e8,.41\n", "rises with compute: is it an accuracy"),
+        ("N,D,loss\n1e7,2e8,.09\n2e7,4e8,.08\n", "below any plausible irreducible loss"),
+        ("N,D,loss\n2e8,1e7,3.1\n4e8,2e7,3\n", "are 'N' and 'D' swapped"),
+        ("N,D,C,loss\n1e7,2e8,1.2e17,3.1\n2e7,4e8,4.8e17,3\n", "C is 10 × 6·N·D"),
+    ],
+)
+def test_sizes_that_hardly_can_be_are_noted(tmp_path: Path, text: str, said: str) -> None:
+    assert any(said in note for note in load_runs(_csv(tmp_path, text)).notes)
+
+
+def test_active_parameters_explain_the_flops(tmp_path: Path) -> None:
+    text = "N,active_params,D,C,loss\n1e9,1e8,2e9,1.2e18,3.1\n2e9,2e8,4e9,4.8e18,3\n"
+    assert load_runs(_csv(tmp_path, text)).notes == ()
+    active = load_runs(_csv(tmp_path, text), convention="active")
+    assert active.convention["params"] == "active"
+    assert list(active.table["n_params"]) == [1e8, 2e8]
+
+
+def test_loss_unit_is_read_stated_and_never_mixed(tmp_path: Path) -> None:
+    path = _csv(tmp_path, "N,D,loss,bpb\n1e6,2e7,3.1,1.2\n2e6,4e7,2.9,1.1\n")
+    assert load_runs(path).convention["loss"] == "as_given"
+    bits = load_runs(path, loss_unit="bits_per_byte")
+    assert (bits.convention["loss"], list(bits.table["loss"])) == ("bits_per_byte", [1.2, 1.1])
+    nats = load_runs(path, loss_unit="nats_per_token")
+    assert (nats.convention["loss"], list(nats.table["loss"])) == ("nats_per_token", [3.1, 2.9])
+    with pytest.raises(InputError, match="loss is bits_per_byte by column 'bpb', nats_per_token by loss_unit="):
+        load_runs(path, {"loss": "bpb"}, loss_unit="nats_per_token")
+    with pytest.raises(InputError, match=r"loss bits_per_byte, .* has nats_per_token"):
+        join_runs([bits, nats])
+    with pytest.raises(InputError, match="unknown loss unit 'bits'"):
+        load_runs(path, loss_unit="bits")
+    mixed = _csv(tmp_path, "N,D,loss,unit\n1e6,2e7,3.1,nats\n2e6,4e7,1.2,bits per byte\n")
+    with pytest.raises(InputError, match="column 'unit' has 'nats', 'bits per byte': one unit"):
+        load_runs(mixed)
+
+
+def test_loss_is_converted() -> None:
+    assert convert_loss(np.log(2), "nats_per_token", "bits_per_token") == pytest.approx(1)
+    assert convert_loss(1.0, "bits_per_token", "bits_per_byte", tokens_per_byte=0.25) == pytest.approx(0.25)
+    assert convert_loss(0.25, "bits_per_byte", "nats_per_token", 0.25) == pytest.approx(np.log(2))
+    with pytest.raises(InputError, match="tokens_per_byte None: give"):
+        convert_loss(3.0, "nats_per_token", "bits_per_byte")
+    with pytest.raises(InputError, match="unknown loss unit 'bpb'"):
+        convert_loss(3.0, "nats_per_token", "bpb")
+
+
+def test_a_sweep_has_both_units(make_sweep: Callable[..., Path]) -> None:
+    demo = Path(__file__).resolve().parents[2] / "sweeps" / "demo"
+    nats, bits = load_runs(demo), load_runs(demo, loss_unit="bits_per_byte")
+    assert bits.convention["loss"] == "bits_per_byte"
+    assert bits.plan is not None
+    data = bits.plan.data
+    ratio = (bits.table["loss"] / nats.table["loss"]).to_numpy(float)
+    assert ratio == pytest.approx(ratio[0])  # one tokens-per-byte over the held-out set
+    assert 0.2 < ratio[0] * np.log(2) < 1.2, data
+    with pytest.raises(InputError, match="row 1, column 'bits_per_byte': None"):
+        load_runs(make_sweep(), loss_unit="bits_per_byte")
+
+
+def test_exact_copies_are_dropped_once_and_seeds_kept(tmp_path: Path) -> None:
+    runs = load_runs(_csv(tmp_path, HEADER + GOOD + "1e6,2e7,3.1\n1e6,2e7,3.15\n"))
+    assert list(runs.table["loss"]) == [3.1, 2.9, 3.15]
+    assert "left out 1 exact copy: row 4" in runs.notes
+
+
+def test_two_losses_of_one_run_are_refused(tmp_path: Path) -> None:
+    rows = "a,1e6,2e7,3.1\nb,2e6,4e7,2.9\na,1e6,2e7,3.3\n"
+    with pytest.raises(InputError, match=r"rows 2, 4 share run_id 'a', N and D but have losses 3\.1, 3\.3"):
+        load_runs(_csv(tmp_path, "run_id,N,D,loss\n" + rows))
+    seeds = [f"{row},{seed}" for row, seed in zip(rows.split(), (0, 0, 1), strict=True)]
+    assert len(load_runs(_csv(tmp_path, "name,N,D,loss,seed\n" + "\n".join(seeds)))) == 3
+
+
+def test_checkpoints_of_one_run(tmp_path: Path) -> None:
+    rows = "a,1e6,2e7,3.1,10\na,1e6,1e7,3.4,5\nb,2e6,4e7,2.9,10\n"
+    curve = _csv(tmp_path, "run_id,N,D,loss,step\n" + rows)
+    last = load_runs(curve)
+    assert list(last.table["loss"]) == [3.1, 2.9]
+    assert any("2 runs with 3 rows" in note for note in last.notes)
+    every = load_runs(curve, checkpoints="all").table
+    assert list(every["trunk"]) == ["a", "a", "b"]
+    assert list(every["run_id"]) == ["a row 2", "a row 3", "b"]
+    without_steps = "\n".join(row.rsplit(",", 1)[0] for row in rows.split())
+    unordered = _csv(tmp_path, "run_id,N,D,loss\n" + without_steps)
+    with pytest.raises(InputError, match="rows 2, 3 share run_id 'a' but are different runs or checkpoints"):
+        load_runs(unordered)
+    assert list(load_runs(unordered, checkpoints="last").table["loss"]) == [3.1, 2.9]
+    models = load_runs(_csv(tmp_path, "name,N,D,loss\n" + without_steps))
+    assert (len(models), models.table["run_id"].nunique()) == (3, 3)
+    with pytest.raises(InputError, match="unknown choice of checkpoints 'first'"):
+        load_runs(unordered, checkpoints="first")  # type: ignore[arg-type]
+
+
+def test_row_numbers_are_an_editors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="row 6, column 'loss'"):
+        load_runs(_csv(tmp_path, "\n" + HEADER + "1e6,2e7,3.1\n\n,,\n2e6,4e7,x\n"))
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"N": 1e6, "D": 2e7, "loss": 3}\n\n{"N": 1e6, "D": 2e7, "loss": null}\n')
+    with pytest.raises(InputError, match="row 3, column 'loss'"):
+        load_runs(path)
+    path.write_text('{"N": 1e6, "D": 2e7, "loss": 3}\n[1]\n')
+    with pytest.raises(InputError, match="line 2 is not an object"):
+        load_runs(path)
+
+
+def test_nulls_of_a_parquet_never_become_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "runs.parquet"
+    frame = pd.DataFrame({"N": pd.array([10**6, None], "Int64"), "D": [2e7, 4e7], "loss": [3.1, 2.9]})
+    frame.to_parquet(path)
+    with pytest.raises(InputError, match="row 2, column 'N': nan"):
+        load_runs(path)
+    frame.assign(N=[True, True]).to_parquet(path)
+    with pytest.raises(InputError, match="row 1, column 'N': True"):
+        load_runs(path)
+    frame.assign(N=pd.Timestamp("2026-01-01")).to_parquet(path)
+    with pytest.raises(InputError, match="row 1, column 'N': Timestamp"):
+        load_runs(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("N,D,loss,loss\n1e6,2e7,3,4\n", "two columns are named 'loss'"),
+        ("N,D,loss\n1e6,2e7,3,9\n2e6,4e7,3,9\n", "more fields than the header"),
+        ("N,D,loss\n1e6,2e7,3\n2e6,4e7,3,9\n", "cannot read .*line 2"),
+        ('N,D,loss\n1e6,2e7,"3\n', "cannot read"),
+    ],
+)
+def test_rows_are_never_shifted(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        load_runs(_csv(tmp_path, text))
+
+
+def test_one_column_cannot_be_two_things(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="column 'x' is mapped to n_params and n_tokens"):
+        load_runs(_csv(tmp_path, "x,y\n1e6,3\n"), {"n_params": "x", "n_tokens": "x", "loss": "y"})
+
+
+def test_a_sweep_under_every_convention(make_sweep: Callable[..., Path]) -> None:
+    sweep = make_sweep()
+    found = {(r.convention["params"], r.convention["flops"]): r for r in conventions(sweep)}
+    assert len(found) == 9
+    spec = found["total", "exact"].plan.runs[0]  # type: ignore[union-attr]
+    table = found["non_embedding", "6nd"].table
+    assert table["flops"][0] == 6 * spec.params.non_embedding * spec.tokens
+    attention = found["body_head", "full_attention"].table["flops"]
+    assert (attention > found["body_head", "exact"].table["flops"]).all()
+    assert len({tuple(r.table["loss"]) for r in found.values()}) == 1
+    write_runs_csv(SweepDir(sweep))
+    from_csv = {(r.convention["params"], r.convention["flops"]): r for r in conventions(sweep / "runs.csv")}
+    assert from_csv.keys() == found.keys()
+    for pair, runs in from_csv.items():
+        assert runs.table["flops"].to_numpy() == pytest.approx(found[pair].table["flops"].to_numpy())
+        assert runs.table["n_params"].to_numpy() == pytest.approx(found[pair].table["n_params"].to_numpy())
+
+
+def test_n_without_embeddings_from_vocabulary_and_width(tmp_path: Path) -> None:
+    path = _csv(tmp_path, "params,width,tokens,loss\n2e6,64,4e7,3.1\n4e6,128,8e7,2.9\n")
+    runs = load_runs(path, convention="non_embedding", vocab_size=1000)
+    assert list(runs.table["n_params"]) == [2e6 - 64e3, 4e6 - 128e3]
+    assert runs.convention == {"params": "non_embedding", "flops": "6nd", "loss": "as_given"}
+    assert [r.convention["params"] for r in conventions(path, vocab_size=1000)] == ["as_given", "non_embedding"]
+    with pytest.raises(InputError, match="row 2: N − vocab_size · width is not positive"):
+        load_runs(path, convention="non_embedding", vocab_size=50304)
+    as_given = load_runs(path, convention="non_embedding")
+    assert as_given.convention["params"] == "as_given"
+    assert any("convention=non_embedding is not in the file" in note for note in as_given.notes)
+
+
+def test_joined_sources(tmp_path: Path) -> None:
+    one = load_runs(_csv(tmp_path, "run_id,N,D,loss,seed\na,1e6,2e7,3.1,0\n"))
+    (tmp_path / "b").mkdir()
+    two = load_runs(_csv(tmp_path / "b", "run_id,N,D,loss\nb,2e6,4e7,2.9\n"))
+    both = join_runs([one, two])
+    assert list(both.table["run_id"]) == ["a", "b"]
+    assert "seed" not in both.table
+    assert any("left out seed" in note for note in both.notes)
+    with pytest.raises(InputError, match="run 'a' is in two of"):
+        join_runs([one, one])
+
+
+def test_published_files_are_read_by_their_own_headers(golden: Path) -> None:
+    epoch = load_runs(golden / "epoch_svg" / "points.csv")
+    assert (len(epoch), epoch.notes) == (245, ("n_tokens from C = 6·N·D",))
+    assert len(load_runs(golden / "llama_3" / "points.csv")) == 266
+    porian = load_runs(golden / "porian_isoflop" / "points.csv")
+    assert porian.table["n_params"].max() > 1e8
+    assert len(load_runs(golden / "gemstones" / "cool_end.jsonl", checkpoints="all")) == 199
+    steps = load_runs(golden / "steplaw" / "dense_lr_bs_loss.csv", {"loss": "smooth loss"}).table
+    assert {"peak_lr", "batch_size", "width", "depth"} <= set(steps.columns)
+    with pytest.raises(InputError, match=r"share run '190M', N and D .* keep one metric"):
+        load_runs(golden / "olmo_ladder" / "points.csv", {"loss": "value"})
+
+
+def test_a_million_rows(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(0)
+    n, d = 10 ** rng.uniform(6, 9, 10**6), 10 ** rng.uniform(9, 11, 10**6)
+    path = tmp_path / "runs.parquet"
+    pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "loss": 1.8 + 400 * n**-0.34}).to_parquet(path)
+    runs = load_runs(path)
+    assert len(runs) == 10**6
+    assert runs.table.memory_usage(deep=True).sum() < 3e8
