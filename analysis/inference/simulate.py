@@ -57,7 +57,7 @@ def published_surface(name: str) -> Surface:
     laws = [law for law in PUBLISHED if set(law.parameters) == set(PARAMETERS)]
     found = [law for law in laws if name and law.name.lower().startswith(name.lower())]
     if len(found) != 1:
-        raise unknown("published law", name, [law.name for law in laws])
+        raise unknown("published law", name, [law.name.lower() for law in laws])
     return Surface(dict(found[0].parameters), found[0].name)
 
 
