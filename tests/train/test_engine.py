@@ -18,6 +18,7 @@ from torch import nn
 
 from scaling.errors import InputError
 from scaling.records import DataManifest
+from scaling.schedule import lr_factor
 from scaling.spec import RunSpec, ScheduleSpec
 from scaling.sweepdir import LostLease, RunDir
 from train.data.loader import validation_windows
@@ -26,7 +27,6 @@ from train.engine import Host, checkpoint, train
 from train.engine.loop import Trainer
 from train.engine.muon import Muon
 from train.engine.optim import Optimizers
-from train.engine.schedule import lr_factor
 from train.model.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,6 +20,7 @@ from scaling.errors import InputError
 from scaling.hardware import match_device
 from scaling.provenance import git_commit, versions
 from scaling.records import RunRecord, Status
+from scaling.schedule import lr_factor
 from scaling.spec import RunSpec
 from scaling.sweepdir import Lease, RunDir
 from train.data.loader import Corpus, Loader
@@ -27,7 +28,6 @@ from train.engine import checkpoint
 from train.engine.evaluation import bits_per_byte, held_out_bytes_per_token, held_out_loss
 from train.engine.metrics import MetricsLog, start_wandb
 from train.engine.optim import Optimizers
-from train.engine.schedule import lr_factor
 from train.engine.signals import Interrupted, stop_requested
 from train.model.decoder import Decoder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from scaling.spec import ScheduleSpec
+from scaling.spec import RunSpec, ScheduleSpec
 
 
 def lr_factor(schedule: ScheduleSpec, tokens: float, total_tokens: float) -> float:
@@ -31,3 +31,11 @@ def lr_factor(schedule: ScheduleSpec, tokens: float, total_tokens: float) -> flo
     else:
         falling = 1.0 - x
     return schedule.final_lr_ratio + (1.0 - schedule.final_lr_ratio) * falling
+
+
+def learning_rates(spec: RunSpec) -> list[float]:
+    """The learning rate of each step of a run."""
+    return [
+        spec.optim.peak_lr * lr_factor(spec.schedule, step * spec.batch_tokens, spec.tokens)
+        for step in range(1, spec.steps + 1)
+    ]
