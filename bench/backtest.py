@@ -176,8 +176,6 @@ def summary(sets: Sequence[DataSet], rows: Sequence[dict[str, float]], laws: Seq
 
 def text(title: str, sets: Sequence[DataSet], rows: Sequence[dict[str, float]], laws: Sequence[str]) -> str:
     """One table with its last rows."""
-    if not sets:
-        return f"{title}: no data set has enough runs below the cuts"
 
     def cells(row: dict[str, float]) -> list[str]:
         return [f"{100 * row[law]:.3f}" if law in row else "–" for law in laws]
@@ -244,7 +242,8 @@ def main(argv: list[str]) -> None:
         print(json.dumps(answer, allow_nan=False))
         return
     for name, (chosen, rows) in tables.items():
-        print(text(f"{name}: mean |error|, %", chosen, rows, usable), end="\n\n")
+        if chosen:
+            print(text(f"{name}: mean |error|, %", chosen, rows, usable), end="\n\n")
     print(f"{len(sets)} data sets in {time.perf_counter() - start:.0f} s")
 
 
