@@ -151,10 +151,17 @@ def _check_sizes(table: pd.DataFrame, names: Mapping[str, str], source: str) -> 
             f"{source}: {n!r} (n_params) is {middle:.3g} times {d!r} (n_tokens): swapped, or in different units? "
             "Usual runs have 1 to 1,000 tokens a parameter"
         )
+    if middle < 1e-6:
+        raise InputError(
+            f"{source}: {d!r} (n_tokens) is {1 / middle:.3g} times {n!r} (n_params): is one counted in millions? "
+            "Give plain parameters and tokens; usual runs have 1 to 1,000 tokens a parameter"
+        )
     if middle > 10:
         return [
             f"N is {middle:.3g} × D (median): are {n!r} and {d!r} swapped? Usual runs have more tokens than parameters"
         ]
+    if middle < 1e-4:
+        return [f"D is {1 / middle:.3g} × N (median): is {n!r} (n_params) in units? Usual runs have 1 to 1,000"]
     return []
 
 

@@ -19,6 +19,7 @@ from analysis.columns import (
     NUMBERS,
     PARAMS_CHOICES,
     REQUIRED,
+    as_floats,
     convert_loss,
     flops_convention,
     loss_unit_of,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Runs", "conventions", "convert_loss", "join_runs", "load_points", "load_runs"]
 
 _FINISHED = ("ok", "done", "finished", "success", "completed", "complete")
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -237,8 +239,10 @@ def _load_sweep(path: Path, asked: _Asked) -> Runs:
     else:
         raise InputError(f"sweep {path} has no finished run yet: python -m scaling.status {path} shows where it is")
     unfinished = len(plan.runs) - len(frame)
-    if "epochs" in frame.columns and (frame["epochs"] > 1).any():
-        frame = frame.assign(unique_tokens=frame["n_tokens"] / frame["epochs"].clip(lower=1.0))
+    if {"epochs", "n_tokens"} <= set(frame.columns):
+        epochs = np.maximum(as_floats(frame["epochs"]), 1.0)
+        if (epochs > 1).any():
+            frame = frame.assign(unique_tokens=as_floats(frame["n_tokens"]) / epochs)
     asked = dataclasses.replace(asked, flops=asked.flops or "exact", loss_unit=asked.loss_unit or "nats_per_token")
     ours = {"n_params": f"n_params_{asked.convention}", "flops": f"flops_{asked.flops}", "loss": "loss"}
     if asked.loss_unit == "bits_per_byte":
@@ -281,9 +285,11 @@ def _tidy(frame: pd.DataFrame, source: str, asked: _Asked, plan: Plan | None = N
     if frame.empty:
         raise InputError(f"{source}: no run is usable ({'; '.join(notes) or 'no rows'})")
     out = pd.DataFrame(index=frame.index)
-    out["run_id"] = _ids(frame[names["run_id"]]) if "run_id" in names else [f"row {r}" for r in frame.index]
+    out["run_id"] = [f"row {r}" for r in frame.index]
+    if "run_id" in names:
+        out["run_id"] = _text(frame[names["run_id"]], out["run_id"])
     if "trunk" in names:
-        out["trunk"] = frame[names["trunk"]].where(frame[names["trunk"]].notna(), out["run_id"]).astype(str)
+        out["trunk"] = _text(frame[names["trunk"]], out["run_id"])
     notes += _optional(out, frame, names, source, asked)
     for canonical in REQUIRED:
         if canonical in names:
@@ -305,16 +311,18 @@ def _tidy(frame: pd.DataFrame, source: str, asked: _Asked, plan: Plan | None = N
 
 def _finished(frame: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[str]]:
     """The rows whose status is one of a finished run, and how many there are of the others."""
-    status = frame[column].fillna("unmarked").astype(str)
+    status = _text(frame[column], "unmarked")
     ok = status.str.strip().str.lower().isin(_FINISHED)
-    left_out = [f"left out {k} {name} run{'s' if k > 1 else ''}" for name, k in status[~ok].value_counts().items()]
+    counts = status[~ok].value_counts()
+    left_out = [f"left out {k} {name} run{'s' if k > 1 else ''}" for name, k in counts[:_MOST_NAMED].items()]
+    if len(counts) > _MOST_NAMED:
+        left_out.append(f"left out {counts[_MOST_NAMED:].sum()} runs more by column {column!r}: is it a status?")
     return frame[ok], left_out
 
 
-def _ids(column: pd.Series) -> pd.Series:
-    """Ids as text; a row without one is named by its number."""
-    empty = column.isna() | (column.astype(str).str.strip() == "")
-    return column.astype(str).astype(object).where(~empty, [f"row {r}" for r in column.index])
+def _text(column: pd.Series, empty: pd.Series | str) -> pd.Series:
+    """The column as text, with `empty` where it has none."""
+    return column.astype(str).astype(object).where(column.notna() & (column.astype(str).str.strip() != ""), empty)
 
 
 def _optional(

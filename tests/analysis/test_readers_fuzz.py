@@ -205,8 +205,12 @@ def test_mutated_tables(folder: Path, data: st.DataObject, seed: int, rows: int,
 @given(
     seed=st.integers(0, 3),
     suffix=st.sampled_from(SUFFIXES),
-    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
-    cut=st.floats(0, 1) | st.just(1.0),
+    edits=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(b"0123456789.,eE-\n") | st.integers(0, 255)),
+        min_size=1,
+        max_size=4,
+    ),
+    cut=st.just(1.0) | st.floats(0, 1),
 )
 def test_mutated_bytes(folder: Path, seed: int, suffix: str, edits: list[tuple[float, int]], cut: float) -> None:
     raw = bytearray(content(valid_frame(seed, 5), suffix))
