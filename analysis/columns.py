@@ -34,6 +34,9 @@ _UNIT_NAMES = {
     "natspertoken": "nats_per_token", "nats": "nats_per_token",
 }  # fmt: skip
 
+LARGEST = 1e100
+"""No number read is above it, nor a positive one below its inverse, so that products of three are finite."""
+
 ALIASES: dict[str, tuple[str, ...]] = {
     "n_params": ("n_params", "n_params_body_head", "params", "parameters", "model_size", "num_params", "n_parameters",
                  "num_parameters", "total_params", "n_params_total", "non_embedding_params", "params_non_embedding",
@@ -210,7 +213,8 @@ def numbers(column: pd.Series, source: str, name: str, positive: bool = True) ->
         InputError: names the first row that is not such a number.
     """
     values = as_floats(column)
-    bad = np.flatnonzero(~(np.isfinite(values) & ((values > 0) | (not positive))))
+    size = np.abs(values)
+    bad = np.flatnonzero(~(size < LARGEST) | (positive & ~(values > 1 / LARGEST)))
     if len(bad):
         value = column.iloc[int(bad[0])]
         shown = repr(value.item() if isinstance(value, np.generic) else value)

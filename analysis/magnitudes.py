@@ -103,8 +103,7 @@ def _check_ratio(table: pd.DataFrame, names: Mapping[str, str], source: str) -> 
                 f"{source}: column {names[canonical]!r} ({canonical}) looks like FLOPs: it equals {names['flops']!r}; "
                 f"map the column that holds {_UNITS[canonical]}: --columns {canonical}=…"
             )
-    with np.errstate(over="ignore", under="ignore"):
-        ratio = c / (6.0 * n * d)
+    ratio = c / (6.0 * n * d)
     middle = float(np.median(ratio))
     shown = f"{source}: {names['flops']!r} is {middle:.3g} times 6 × {names['n_params']!r} × {names['n_tokens']!r}"
     if not FLOPS_RATIO_REFUSED[0] <= middle <= FLOPS_RATIO_REFUSED[1]:
@@ -128,8 +127,7 @@ def _likely_wrong(
 ) -> str:
     """Which of the three is wrong, for a reader: the one whose replacement by C = 6·N·D is a size that runs have."""
     usual = {"n_params": (1e5, 1e13), "n_tokens": (1e6, 1e14), "flops": (1e12, 1e27)}
-    with np.errstate(over="ignore", under="ignore"):
-        implied = {"n_params": c / (6 * d), "n_tokens": c / (6 * n), "flops": 6 * n * d}
+    implied = {"n_params": c / (6 * d), "n_tokens": c / (6 * n), "flops": 6 * n * d}
     given = {"n_params": n, "n_tokens": d, "flops": c}
     off = {x: abs(np.log10(np.median(given[x])) - np.log10(np.clip(np.median(given[x]), *usual[x]))) for x in COUNTS}
     wrong = max(COUNTS, key=lambda x: off[x])

@@ -343,7 +343,7 @@ def _optional(
             out[canonical] = column if column.dtype.kind in "iuf" else values
     if "batch_size" in out and ("seq_len" in out or "batch_tokens" in out):
         if "batch_tokens" not in out:
-            out["batch_tokens"] = out["batch_size"] * out["seq_len"]
+            out["batch_tokens"] = out["batch_size"].astype(float) * out["seq_len"]
             notes.append(f"batch_tokens is {names['batch_size']!r} · {names['seq_len']!r}")
         del out["batch_size"]
     elif "batch_size" in out:
@@ -357,13 +357,12 @@ def _optional(
 
 def _third_column(out: pd.DataFrame, names: Mapping[str, str]) -> list[str]:
     """Fill in the one of N, D, C that is missing, by C = 6·N·D. Returns what to note."""
-    with np.errstate(over="ignore", under="ignore"):
-        if "flops" not in names:
-            out["flops"] = 6.0 * out["n_params"] * out["n_tokens"]
-        elif "n_tokens" not in names:
-            out["n_tokens"] = out["flops"] / (6.0 * out["n_params"])
-        elif "n_params" not in names:
-            out["n_params"] = out["flops"] / (6.0 * out["n_tokens"])
+    if "flops" not in names:
+        out["flops"] = 6.0 * out["n_params"] * out["n_tokens"]
+    elif "n_tokens" not in names:
+        out["n_tokens"] = out["flops"] / (6.0 * out["n_params"])
+    elif "n_params" not in names:
+        out["n_params"] = out["flops"] / (6.0 * out["n_tokens"])
     missing = [c for c in COUNTS if c not in names]
     return [f"{missing[0]} from C = 6·N·D"] if missing else []
 
