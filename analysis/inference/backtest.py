@@ -1,31 +1,68 @@
-"""Rolling-origin backtest: fit the runs below a compute cut, predict those above, at every cut that leaves enough."""
+"""Rolling-origin backtest: fit the runs below a compute cut, predict those above, at every cut that leaves enough.
+
+A member is a law with an emphasis k: run i enters its fit with weight (C_i / C_max)^k. A law that does not hold over all
+scales holds longer near the largest, where a forecast starts; the backtest says how much emphasis pays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from analysis.inference.points import Points, compute_levels, frontier_rows
-from analysis.inference.solver import HUBER, Robust, log_predictions, solve
-from analysis.inference.uncertainty import FormError, bootstrap, t_quantile
-from analysis.laws.law import Law
+from analysis.inference.points import Points, compute_levels, frontier_rows, has_budgets
+from analysis.inference.solver import HUBER, Robust, log_predictions, resolve, solve
+from analysis.inference.uncertainty import FormError
+from analysis.laws.law import Floats, Law
 from analysis.laws.surface import get_law
 
-CANDIDATES = ("chinchilla", "tied", "chinchilla_no_floor", "tied_no_floor")
-"""Chinchilla's law and its special cases, from the most general."""
+EMPHASES = (0.0, 0.5, 1.0)
+LARGE_SWEEP = ("chinchilla", "chinchilla_no_floor", "gamma", "kaplan")
+SMALL_SWEEP = ("tied", "chinchilla_no_floor", "tied_no_floor")
+"""Laws of the ensemble, and those of one for sweeps where no cut leaves enough runs to fit Chinchilla's law."""
+BASELINE = "tied_no_floor"
+"""The simple forecast that a law should beat: a pure power law."""
+SHARPNESS = 4
+"""A member's weight is (least backtest error / its backtest error)^SHARPNESS."""
+RECENCY = 2.0
+"""A cut counts e^RECENCY times the one below it: the last is the most like the forecast."""
 
-CLEAR_WIN = 0.65
-"""A special case replaces Chinchilla's law when its backtest error is below this times that of Chinchilla's law."""
-
-TIE = 1.05
-"""Of laws whose backtest errors are within this factor of the least, the one with the fewest parameters is taken."""
-
-_MAX_CUTS = 6
+_MAX_CUTS = 4
 _LEAST_RANGE = 0.7
-_DRAWS = 100
+
+
+@dataclass(frozen=True)
+class Member:
+    """A law fitted with an emphasis on the larger runs."""
+
+    law: str
+    emphasis: float = 0.0
+
+    @property
+    def form(self) -> Law:
+        """The law's form."""
+        return get_law(self.law)
+
+
+def emphasise(emphasis: float, log_flops: Floats) -> Floats:
+    """(n,) weights (C / C_max)^emphasis."""
+    weights: Floats = np.exp(emphasis * (log_flops - log_flops.max()))
+    return weights
+
+
+def fit_members(law: str, data: Points, emphases: Sequence[float], robust: Robust = HUBER) -> dict[Member, Floats]:
+    """(p,) parameters of a law under each emphasis; the minimum without emphasis is where the others start."""
+    form = get_law(law)
+    plain = solve(form, data.columns, data.loss, robust).values[0]
+    out = {Member(law): plain}
+    others = [k for k in emphases if k]
+    if others:
+        weights = np.array([emphasise(k, data.log_flops) for k in others])
+        refit = resolve(form, data.columns, data.loss, plain, weights, robust).values
+        out |= {Member(law, k): v for k, v in zip(others, refit, strict=True)}
+    return {m: v for m, v in out.items() if m.emphasis in emphases}
 
 
 @dataclass(frozen=True)
@@ -33,6 +70,8 @@ class BacktestRow:
     """One cut: what the runs up to `cut_flops` said about those above. Errors are ln(actual / predicted)."""
 
     law: str
+    """A law's name, or "ensemble"."""
+    emphasis: float
     cut_flops: float
     n_fitted: int
     n_held_out: int
@@ -40,13 +79,13 @@ class BacktestRow:
     """Largest held-out compute over the cut."""
     mean_error: float
     rms_error: float
-    coverage_50: float
-    """Share of held-out runs inside the interval of parameters and run noise alone, law-form error not included."""
-    coverage_90: float
     mean_log_ratio: float
     """Mean of ln(C / cut) over the held-out runs."""
-    parameter_sd: float
-    """Bootstrap standard deviation of the mean held-out prediction, ln loss."""
+    coverage_50: float | None = None
+    """Share of held-out runs inside the interval of parameters, members' disagreement and run noise; None: no interval."""
+    coverage_90: float | None = None
+    model_sd: float = 0.0
+    """That interval's standard deviation of ln loss without run noise, root mean square over the held-out runs."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
@@ -54,107 +93,133 @@ class BacktestRow:
 
 
 def cuts(data: Points, minimum_cells: int) -> list[float]:
-    """ln C of up to six cuts between compute levels; below each, at least `minimum_cells` cells over a factor 2 in C."""
-    level = compute_levels(data)
-    if level.max() + 1 > len(data) / 2:  # no budgets: runs anywhere
-        edges = np.quantile(data.log_flops, np.linspace(0.4, 0.9, _MAX_CUTS))
-    else:
+    """ln C of up to four cuts, the highest, between compute levels; below each, at least `minimum_cells` cells over a factor 2 in C."""
+    if has_budgets(data):
+        level = compute_levels(data)
         edges = np.array([data.log_flops[level == k].max() for k in range(level.max())])
+    else:
+        edges = np.quantile(data.log_flops, np.linspace(0.6, 0.9, _MAX_CUTS))
     first = data.log_flops.min() + _LEAST_RANGE
     usable = [float(e) for e in edges if e >= first and (data.log_flops > e).any()]
     good = [e for e in usable if data.take(data.log_flops <= e).n_cells >= minimum_cells]
-    if len(good) > _MAX_CUTS:
-        good = [good[i] for i in np.unique(np.linspace(0, len(good) - 1, _MAX_CUTS).round().astype(int))]
-    return good
+    return good[-_MAX_CUTS:]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """A member's errors above one cut."""
+
+    cut: float
+    values: Floats
+    """(p,) fitted below."""
+    error: Floats
+    """(held out,) ln(actual / predicted)."""
 
 
 def backtest(
-    law: Law, data: Points, noise: float, at: Sequence[float] | None = None, robust: Robust = HUBER
-) -> tuple[BacktestRow, ...]:
-    """Hold out everything above each cut, refit, predict.
-
-    Args:
-        noise: standard deviation of ln loss of a run about the law.
-        at: cuts as ln C; by default those of `cuts` that leave one run more than the law has parameters.
-    """
-    if law.on_frontier:
+    law: str, data: Points, at: Sequence[float], emphases: Sequence[float] = (0.0,), robust: Robust = HUBER
+) -> dict[Member, tuple[Errors, ...]]:
+    """Hold out everything above each cut (ln C), refit, predict; cuts that leave fewer cells than parameters have none."""
+    form = get_law(law)
+    if form.on_frontier:
         data = data.take(frontier_rows(data))
-    at = cuts(data, len(law.free) + 1) if at is None else at
-    rows = []
+    found: dict[Member, tuple[Errors, ...]] = {Member(law, k): () for k in emphases}
     for cut in at:
         below, above = data.take(data.log_flops <= cut), data.take(data.log_flops > cut)
-        if below.n_cells < len(law.free) or not len(above):
+        if below.n_cells < len(form.free) or not len(above):
             continue
-        best = solve(law, below.columns, below.loss, robust).values[0]
-        predicted = log_predictions(law, best[None], above.columns)[0]
-        draws = log_predictions(law, bootstrap(law, below, best, _DRAWS, 0, robust).values, above.columns) - predicted
-        error = np.log(above.loss) - predicted
-        sd = np.sqrt((draws**2).mean(0) + noise**2)
-        freedom = max(below.n_cells - len(law.free), 1)
-        rows.append(
-            BacktestRow(
-                law=law.name,
-                cut_flops=float(np.exp(cut)),
-                n_fitted=len(below),
-                n_held_out=len(above),
-                ratio=float(np.exp(above.log_flops.max() - cut)),
-                mean_error=float(error.mean()),
-                rms_error=float(np.sqrt((error**2).mean())),
-                coverage_50=float((np.abs(error) <= t_quantile(0.5, freedom) * sd).mean()),
-                coverage_90=float((np.abs(error) <= t_quantile(0.9, freedom) * sd).mean()),
-                mean_log_ratio=float((above.log_flops - cut).mean()),
-                parameter_sd=float(draws.mean(1).std()),
-            )
-        )
-    return tuple(rows)
+        for member, values in fit_members(law, below, emphases, robust).items():
+            error = np.log(above.loss) - log_predictions(form, values[None], above.columns)[0]
+            found[member] += (Errors(cut, values, error),)
+    return found
 
 
-def score(rows: Sequence[BacktestRow]) -> float:
-    """Root mean square over the cuts of their rms errors; infinite without a cut."""
-    return float(np.sqrt(np.mean([r.rms_error**2 for r in rows]))) if rows else float("inf")
+def row(member: str, emphasis: float, data: Points, cut: float, error: Floats) -> BacktestRow:
+    """The figures of one cut."""
+    above = data.log_flops > cut
+    return BacktestRow(
+        law=member,
+        emphasis=emphasis,
+        cut_flops=float(np.exp(cut)),
+        n_fitted=int((~above).sum()),
+        n_held_out=len(error),
+        ratio=float(np.exp(data.log_flops.max() - cut)),
+        mean_error=float(error.mean()),
+        rms_error=float(np.sqrt((error**2).mean())),
+        mean_log_ratio=float((data.log_flops[above] - cut).mean()),
+    )
+
+
+def recency(count: int) -> Floats:
+    """(count,) weights of cuts in ascending order, summing to 1."""
+    raw = np.exp(RECENCY * (np.arange(count) - count))
+    return raw / raw.sum()
+
+
+def score(errors: Sequence[Errors]) -> float:
+    """Root of the recency-weighted mean over cuts of the mean square error; infinite without a cut."""
+    if not errors:
+        return float("inf")
+    return float(np.sqrt(recency(len(errors)) @ [float((e.error**2).mean()) for e in errors]))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The law that a fit goes by, and what its rivals are worth."""
+    """What the backtest of an ensemble's members says."""
 
-    law: Law
-    rows: tuple[BacktestRow, ...]
-    """The backtest of every candidate."""
-    weights: dict[str, float]
-    """Of every candidate, (least rms error / its rms error)⁴, summing to 1; empty without a backtest."""
+    weights: dict[Member, float]
+    """Of every member that could be judged, (least score / its score)^SHARPNESS, summing to 1."""
+    errors: dict[Member, tuple[Errors, ...]]
+    baseline: tuple[Errors, ...]
 
 
-def choose_law(data: Points, noise: float, robust: Robust = HUBER) -> Choice:
-    """Chinchilla's law, unless one of its special cases predicts held-out compute clearly better (CLEAR_WIN).
+def choose(data: Points, robust: Robust = HUBER) -> Choice:
+    """Weigh the members, all at the same cuts.
 
-    All candidates are judged at the same cuts: those that leave Chinchilla's law enough runs, or, in a sweep too small
-    for that, its special cases.
+    Without a cut the weight goes to Chinchilla's law, or to the largest of SMALL_SWEEP that the runs suffice for.
     """
-    laws = [get_law(name) for name in CANDIDATES if len(get_law(name).free) <= data.n_cells]
-    at: list[float] = next((c for law in laws if (c := cuts(data, len(law.free) + 1))), [])
-    table = {law.name: backtest(law, data, noise, at, robust) for law in laws}
-    most = max(len(r) for r in table.values())
-    if most == 0:
-        return Choice(laws[0], (), {})
-    full = [law for law in laws if len(table[law.name]) == most]
-    scores = {law.name: score(table[law.name]) for law in full}
-    least = min(scores.values())
-    best = min((law for law in full if scores[law.name] <= TIE * least), key=lambda law: len(law.free))
-    chosen = best if scores[best.name] < CLEAR_WIN * scores[full[0].name] else full[0]
-    raw = {name: (scores[best.name] / max(s, 1e-12)) ** 4 for name, s in scores.items()}
-    weights = {name: w / sum(raw.values()) for name, w in raw.items()}
-    return Choice(chosen, tuple(row for rows in table.values() for row in rows), weights)
+    sweeps = ((LARGE_SWEEP, "chinchilla"), (SMALL_SWEEP, BASELINE))
+    tried = [(names, cuts(data, len(get_law(smallest).free) + 1)) for names, smallest in sweeps]
+    laws, at = next((t for t in tried if t[1]), ((), []))
+    if not at:
+        enough = [n for n in ("chinchilla", *SMALL_SWEEP) if len(get_law(n).free) <= data.n_cells]
+        return Choice({Member(enough[0] if enough else BASELINE): 1.0}, {}, ())
+    table: dict[Member, tuple[Errors, ...]] = {}
+    for name in laws:
+        table |= backtest(name, data, at, EMPHASES, robust)
+    most = max(len(e) for e in table.values())
+    table = {m: e for m, e in table.items() if len(e) == most}
+    scores = {m: score(e) for m, e in table.items()}
+    return Choice(weigh(scores), table, backtest(BASELINE, data, at, robust=robust)[Member(BASELINE)])
+
+
+def judge(law: str, data: Points, robust: Robust = HUBER) -> Choice:
+    """One law by itself: all the weight, and its backtest."""
+    at = cuts(data, len(get_law(law).free) + 1)
+    errors = backtest(law, data, at, robust=robust)
+    baseline = backtest(BASELINE, data, at, robust=robust)[Member(BASELINE)]
+    return Choice({Member(law): 1.0}, errors if errors[Member(law)] else {}, baseline)
+
+
+def weigh(scores: Mapping[Member, float]) -> dict[Member, float]:
+    """(least score / score)^SHARPNESS, summing to 1."""
+    least = max(min(scores.values()), 1e-9)
+    raw = {m: (least / max(s, 1e-9)) ** SHARPNESS for m, s in scores.items()}
+    total = sum(raw.values())
+    return {m: w / total for m, w in raw.items()}
 
 
 def form_error(rows: Sequence[BacktestRow], noise: float) -> FormError:
-    """Law-form error per e-fold of compute from a backtest: what its mean errors exceed parameter and run noise by.
+    """Law-form error per e-fold of compute from a backtest: what its mean errors exceed model and run noise by.
 
-    τ² = (prior² + Σ_cuts (ē² − σ_param² − σ_run²/n) / x̄²) / (1 + cuts), each cut's term at least 0, x̄ the mean
-    extrapolation ln(C/cut).
+    τ² = (prior² + Σ_cuts w (ē² − σ_model² − σ_run²/n)₊ / x̄²) / (1 + Σ w), x̄ the mean extrapolation ln(C/cut), w the
+    recency weights relative to the last cut's.
     """
-    terms = [
-        max(r.mean_error**2 - r.parameter_sd**2 - noise**2 / r.n_held_out, 0.0) / r.mean_log_ratio**2 for r in rows
-    ]
-    tau2 = (FormError.PRIOR**2 + sum(terms)) / (1 + len(terms))
-    return FormError(float(np.sqrt(tau2)), 1 + len(terms))
+    if not rows:
+        return FormError(FormError.PRIOR, 1)
+    w = recency(len(rows)) / recency(len(rows)).max()
+    terms = np.array(
+        [max(r.mean_error**2 - r.model_sd**2 - noise**2 / r.n_held_out, 0.0) / r.mean_log_ratio**2 for r in rows]
+    )
+    tau2 = (FormError.PRIOR**2 + w @ terms) / (1 + w.sum())
+    return FormError(float(np.sqrt(tau2)), 1 + len(rows))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.inference.backtest import BacktestRow, backtest, choose_law, form_error
+from analysis.inference.backtest import BASELINE, BacktestRow, Choice, Member, choose, form_error, judge
+from analysis.inference.ensemble import Ensemble, Fitted, backtest_rows, fit_ensemble, summary
 from analysis.inference.isoflop import approaches
 from analysis.inference.points import Points, check_enough, compute_levels, frontier_rows, points, seed_noise
-from analysis.inference.solver import HUBER, Robust, log_predictions, solve
+from analysis.inference.solver import HUBER, Robust, solve
 from analysis.inference.uncertainty import FormError, bootstrap, t_quantile
 from analysis.laws.law import Floats, Law, complete
 from analysis.laws.power import compute_optimal
@@ -22,16 +22,10 @@ from analysis.runs import Runs
 from scaling.errors import InputError
 
 DRAWS = 1000
-
-
-@dataclass(frozen=True)
-class Rival:
-    """A law that was not chosen, with its weight by backtest and its fit."""
-
-    law: str
-    weight: float
-    values: Floats
-    """(1, p)"""
+LARGE = 5_000
+"""Above this many runs, all but the law's own minimum works on a random sample of them."""
+_LEAST_N = 1e2
+_GRID, _ZOOMS = 400, 4
 
 
 @dataclass(frozen=True)
@@ -39,10 +33,11 @@ class FitResult:
     """A fitted law."""
 
     law: str
-    """Its name in analysis.laws.LAWS."""
+    """Name in analysis.laws.LAWS of the law whose parameters these are. It predicts alone when it was asked for; else
+    the ensemble does, and this is Chinchilla's law where the runs suffice for it."""
     parameters: dict[str, float]
     objective: float
-    """Summed Huber(1e-3) of the log residuals at the minimum."""
+    """Summed loss of the log residuals of that law at its minimum."""
     n_runs: int
     run_ids: tuple[str, ...]
     """The runs fitted, in the order of `residuals`."""
@@ -54,12 +49,14 @@ class FitResult:
     """Bootstrap draws of each parameter, (draws,) each."""
     seed_noise: float | None
     """Standard deviation of ln loss between seeds of one cell; None without replicates."""
+    ensemble: Ensemble
+    """What predicts: the law, or several weighed by backtest."""
     run_noise: float
     """Standard deviation of ln loss of one run about the law: the larger of seed noise and residual spread."""
     form: FormError
     """Law-form error of an extrapolation."""
     backtest: tuple[dict[str, Any], ...]
-    """BacktestRows as dictionaries: of this law, then of the other candidates."""
+    """BacktestRows as dictionaries: of what predicts, then of the other laws and the baseline."""
     approaches: dict[str, dict[str, Any]]
     """Chinchilla's three approaches, "1", "2", "3": N* and D* as functions of C, or why there is none."""
     largest_flops: float
@@ -69,32 +66,35 @@ class FitResult:
     convention: dict[str, str]
     source: str
     starts_agreeing: int
+    """How many of the solver's starts reached the law's minimum."""
+    starts: int = 1
+    condition: float = float("nan")
+    """Condition number of the fit (parameters scaled to equal curvature)."""
     warnings: tuple[str, ...] = ()
     n_cells: int = 0
     """Different runs, seeds apart."""
-    rivals: tuple[Rival, ...] = ()
-    """The other candidates of law="auto": how far they disagree is part of the interval."""
-    _draws: Floats = field(default_factory=lambda: np.empty((0, 0)), repr=False)
 
     @property
     def surface(self) -> Law:
-        """The law's form."""
+        """The form of `law`."""
         return get_law(self.law)
 
-    def _flops(self, n: ArrayLike, d: ArrayLike) -> Floats:
-        return 6.0 * self.flops_ratio * np.asarray(n, float) * np.asarray(d, float)
+    def _columns(self, n: ArrayLike, d: ArrayLike) -> dict[str, Floats]:
+        n, d = np.broadcast_arrays(np.asarray(n, float), np.asarray(d, float))
+        flops = 6.0 * self.flops_ratio * n * d
+        return {k: v.ravel() for k, v in complete({"n_params": n, "n_tokens": d, "flops": flops}).items()}
 
     def predict(self, n: ArrayLike, d: ArrayLike) -> Floats:
         """Loss at N parameters and D tokens, in the runs' conventions; the arrays broadcast."""
-        return self.surface.predict(self.parameters, n, d, self._flops(n, d))
+        shape = np.broadcast_shapes(np.shape(n), np.shape(d))
+        return np.exp(self.ensemble.log_loss(self._columns(n, d))).reshape(shape)
 
     def predict_interval(self, n: ArrayLike, d: ArrayLike, level: float) -> tuple[Floats, Floats]:
         """Central prediction interval of one run's loss at (N, D).
 
-        ln L ± t·√(σ_param² + σ_form² + σ_law² + σ_run²): bootstrap draws of the parameters widened by √(n/(n−p));
-        law-form error growing with ln(C / largest C), from the backtest; weighted mean square distance to the rival
-        laws; the noise of a single run. t is Student's, with as many degrees of freedom as the weaker of runs and
-        backtest cuts has.
+        ln L ± t·√(σ_param² + σ_law² + σ_form² + σ_run²): joint bootstrap of the members' parameters widened by
+        √(n/(n−p)); weighted mean square distance of the members from their mean; law-form error growing with
+        ln(C / largest C), from the backtest; the noise of a single run. t is Student's.
 
         Returns:
             lower and upper ends, of the broadcast shape.
@@ -105,24 +105,13 @@ class FitResult:
 
     def predictive_sd(self, n: ArrayLike, d: ArrayLike) -> Floats:
         """Standard deviation of ln loss of one run at (N, D), all parts."""
-        n, d = np.broadcast_arrays(np.asarray(n, float), np.asarray(d, float))
-        flops = self._flops(n, d)
-        x = {k: v.ravel() for k, v in complete({"n_params": n, "n_tokens": d, "flops": flops}).items()}
-        centre = log_predictions(self.surface, self._values[None], x)
-        deviation = log_predictions(self.surface, self._draws, x) - centre
-        p = len(self.surface.free)
-        widened = self.n_cells / max(self.n_cells - p, 1)
-        parameter = ((deviation**2).mean(0) * widened).reshape(np.shape(n))
-        form = self.form.sd(np.log(flops / self.largest_flops))
-        spread = np.zeros(np.size(n))
-        for rival in self.rivals:
-            spread += rival.weight * (log_predictions(get_law(rival.law), rival.values, x)[0] - centre[0]) ** 2
-        sd: Floats = np.sqrt(parameter + form**2 + spread.reshape(np.shape(n)) + self.run_noise**2)
-        return sd
-
-    @cached_property
-    def _values(self) -> Floats:
-        return np.array([self.parameters[name] for name in self.surface.free])
+        columns = self._columns(n, d)
+        deviation = self.ensemble.draws(columns) - self.ensemble.log_loss(columns)
+        widened = self.n_cells / max(self.n_cells - len(self.surface.free), 1)
+        parameter = (deviation**2).mean(0) * widened
+        form = self.form.sd(np.log(columns["flops"] / self.largest_flops))
+        variance = parameter + form**2 + self.ensemble.disagreement(columns) + self.run_noise**2
+        return np.sqrt(variance).reshape(np.broadcast_shapes(np.shape(n), np.shape(d)))
 
     @property
     def freedom(self) -> int:
@@ -150,20 +139,29 @@ class FitResult:
             )
         if not budget_flops > 0:
             raise InputError(f"budget {budget_flops!r}: must be a positive number of FLOPs")
-        n, d = compute_optimal(self.parameters, budget_flops)
-        if flops_per_token is None:
-            return n, d
-        grid = np.exp(np.linspace(np.log(n) - 4, np.log(n) + 4, 4001))
-        tokens = budget_flops / flops_per_token(grid)
-        best = int(np.argmin(self.predict(grid, tokens)))
-        return float(grid[best]), float(tokens[best])
+        if len(self.ensemble.members) == 1 and flops_per_token is None and is_chinchilla_like(self.surface):
+            return compute_optimal(self.parameters, budget_flops)
+        per_token = flops_per_token or (lambda n: 6.0 * n)
+        low, high = np.log(_LEAST_N), np.log(budget_flops / 6)
+        for _ in range(_ZOOMS):
+            grid = np.exp(np.linspace(low, high, _GRID))
+            loss = self.predict(grid, budget_flops / per_token(grid))
+            best = int(np.argmin(loss))
+            low, high = (float(np.log(grid[min(max(best + s, 0), _GRID - 1)])) for s in (-1, 1))
+        if not 0 < best < _GRID - 1:
+            raise InputError(
+                "the fitted law has no optimal N at this budget: one of its terms is missing; "
+                "the runs need sizes on both sides of the optimum at some budget"
+            )
+        n = float(grid[best])
+        return n, float(budget_flops / per_token(np.array([n]))[0])
 
 
 def fit_law(runs: Runs, law: str = "auto", *, draws: int = DRAWS, seed: int = 0, robust: Robust = HUBER) -> FitResult:
     """Fit a law.
 
     Args:
-        law: a name in LAWS, or "auto": Chinchilla's law unless the backtest clearly prefers a special case of it.
+        law: a name in LAWS, or "auto": the ensemble, its members weighed by backtest.
         draws: bootstrap refits.
         seed: of the bootstrap; equal inputs give equal results.
         robust: the loss of residuals.
@@ -171,65 +169,82 @@ def fit_law(runs: Runs, law: str = "auto", *, draws: int = DRAWS, seed: int = 0,
         InputError: unknown law, or fewer different runs than it has parameters.
     """
     everything = points(runs)
-    form = get_law("chinchilla" if law == "auto" else law)
-    data = everything.take(frontier_rows(everything)) if form.on_frontier else everything
-    if law == "auto" and data.n_cells < len(form.free):
-        check_enough(data, get_law("tied_no_floor"))
-    else:
-        check_enough(data, form)
-    seeds = seed_noise(data)
-    first = solve(form, data.columns, data.loss, robust)
-    noise = _run_noise(form, data, first.values[0], seeds)
-    rivals: tuple[Rival, ...] = ()
-    if law == "auto":
-        choice = choose_law(data, noise, robust)
-        form = choice.law
-        best = solve(form, data.columns, data.loss, robust)
-        rows = tuple(sorted(choice.rows, key=lambda r: r.law != form.name))
-        rivals = tuple(
-            Rival(name, weight, solve(get_law(name), data.columns, data.loss, robust).values)
-            for name, weight in choice.weights.items()
-            if name != form.name
-        )
-    else:
-        best, rows = first, backtest(form, data, noise, robust=robust)
+    asked = get_law("chinchilla" if law == "auto" else law)
+    asked.check_columns(everything.columns)
+    data = everything.take(frontier_rows(everything)) if asked.on_frontier else everything
+    check_enough(data, get_law("tied_no_floor") if law == "auto" and data.n_cells < len(asked.free) else asked)
+    few = data.sample(LARGE)
+    choice = choose(few, robust) if law == "auto" else judge(law, few, robust)
+    form = _reported(choice, data) if law == "auto" else asked
+    best = solve(form, data.columns, data.loss, robust)
     values = best.values[0]
-    noise = _run_noise(form, data, values, seeds)
-    sample = bootstrap(form, data, values, draws, seed, robust).values
+    seeds = seed_noise(data)
+    ensemble = (
+        fit_ensemble(few, choice.weights, robust, max(draws // 5, 2), seed)
+        if law == "auto"
+        else _alone(form, few, values, robust, draws, seed)
+    )
+    noise = _run_noise(ensemble, few, len(form.free), seeds)
+    rows = backtest_rows(few, choice, noise, robust)
+    sample = bootstrap(form, few, values, draws, seed, robust).values
     named = [form.parameters(v) for v in sample]
     samples = {name: np.array([s[name] for s in named]) for name in form.parameters(values)}
     top = compute_levels(data) == compute_levels(data).max()
+    log_ratio = data.x[:, 2] - data.x[:, 0] - data.x[:, 1]
     return FitResult(
         law=form.name,
         parameters=form.parameters(values),
         objective=float(best.objective[0]),
         n_runs=len(data),
         run_ids=data.run_ids,
-        residuals=np.log(data.loss) - log_predictions(form, best.values, data.columns)[0],
+        residuals=np.log(data.loss) - ensemble.log_loss(data.columns),
         intervals={k: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for k, v in samples.items()},
         samples=samples,
         seed_noise=seeds,
+        ensemble=ensemble,
         run_noise=noise,
-        form=form_error([r for r in rows if r.law == form.name], noise),
-        backtest=tuple(row.to_dict() for row in rows),
-        approaches=approaches(everything, None if form.on_frontier else form.parameters(values)),
+        form=form_error([r for r in rows if r.law == rows[0].law], noise),
+        backtest=tuple(r.to_dict() for r in rows),
+        approaches=approaches(everything, form.parameters(values) if is_chinchilla_like(form) else None),
         largest_flops=float(np.exp(data.log_flops.max())),
-        flops_ratio=float(np.exp((data.x[top, 2] - data.x[top, 0] - data.x[top, 1]).mean()) / 6),
+        flops_ratio=float(np.exp(log_ratio[top].mean()) / 6),
         convention=runs.convention,
         source=runs.source,
         starts_agreeing=best.starts_agreeing,
-        warnings=_warnings(form, data, form.parameters(values), samples, law, rows, bool(best.converged[0])),
+        starts=best.starts,
+        condition=best.condition,
+        warnings=_warnings(form, data, form.parameters(values), samples, ensemble, rows, bool(best.converged[0])),
         n_cells=data.n_cells,
-        rivals=rivals,
-        _draws=sample,
     )
 
 
-def _run_noise(law: Law, data: Points, values: Floats, seeds: float | None) -> float:
+def is_chinchilla_like(law: Law) -> bool:
+    """Whether the law is E + A/N^α + B/D^β, with parameters held or not, so that its optimum is known in closed form."""
+    return law.name in ("chinchilla", "tied", "chinchilla_no_floor", "tied_no_floor")
+
+
+def _reported(choice: Choice, data: Points) -> Law:
+    """Chinchilla's law where it was judged or is all there is, else the law with most weight."""
+    if "chinchilla" in {m.law for m in choice.weights}:
+        return get_law("chinchilla")
+    weight: dict[str, float] = {}
+    for member, w in choice.weights.items():
+        weight[member.law] = weight.get(member.law, 0.0) + w
+    return get_law(max(weight, key=lambda name: weight[name]))
+
+
+def _alone(form: Law, data: Points, values: Floats, robust: Robust, draws: int, seed: int) -> Ensemble:
+    """The law that was asked for, by itself."""
+    return Ensemble(
+        (Fitted(Member(form.name), 1.0, values, bootstrap(form, data, values, draws, seed, robust).values),)
+    )
+
+
+def _run_noise(ensemble: Ensemble, data: Points, parameters: int, seeds: float | None) -> float:
     """The larger of seed noise and the residuals' robust spread (1.4826·median |r|, widened by √(n/(n−p)))."""
-    r = np.log(data.loss) - log_predictions(law, values[None], data.columns)[0]
-    n, p = data.n_cells, len(law.free)
-    spread = 1.4826 * float(np.median(np.abs(r))) * float(np.sqrt(n / max(n - p, 1)))
+    r = np.log(data.loss) - ensemble.log_loss(data.columns)
+    n = data.n_cells
+    spread = 1.4826 * float(np.median(np.abs(r))) * float(np.sqrt(n / max(n - parameters, 1)))
     return max(spread, seeds or 0.0, 1e-6)
 
 
@@ -238,31 +253,50 @@ def _warnings(
     data: Points,
     parameters: Mapping[str, float],
     samples: Mapping[str, Floats],
-    asked: str,
+    ensemble: Ensemble,
     rows: Sequence[BacktestRow],
     converged: bool,
 ) -> tuple[str, ...]:
     out = []
     if not converged:
         out.append("the solver's last step was not below its tolerance: treat the parameters as approximate")
-    if asked == "auto" and law.name != "chinchilla":
-        out.append(
-            f"law {law.name!r} ({law.formula}) was chosen: it predicts held-out compute better than chinchilla's"
-        )
-    if "E" in law.free and np.mean(samples["E"] < 0.05 * np.median(data.loss)) > 0.025:
-        out.append(
-            f"E is not identified: its draws reach 0 (E = {parameters['E']:.3g}); losses this far above the floor say "
-            "little about it"
-        )
+    if len(data) > LARGE:
+        out.append(f"backtest, intervals and ensemble are from {LARGE:,} of the {len(data):,} runs, drawn at random")
+    out += _unidentified(parameters, samples, float(np.median(data.loss)))
     if not law.on_frontier:
         ratio = data.x[:, 1] - data.x[:, 0]
         if ratio.std() < 0.1:
             out.append("all runs lie on one tokens-per-parameter ray: N and D cannot be told apart; add runs off it")
         if len(np.unique(compute_levels(data))) == 1 and np.ptp(data.log_flops) < 0.2:
             out.append("all runs have one compute budget: nothing tells how loss falls with compute")
-        missing = [k for k in ("A", "B") if parameters[k] <= 0]
+        missing = [k for k in ("A", "B") if parameters.get(k, 1.0) <= 0]
         if missing:
             out.append(f"{missing[0]} = 0 at the minimum: the runs do not show that term, so there is no optimal N")
     if not rows:
         out.append("too few compute levels for a backtest: the interval's law-form part is a prior, not measured")
+    else:
+        errors = summary(rows)
+        used, simple = errors[rows[0].law], errors.get(BASELINE, np.inf)
+        if rows[0].law != BASELINE and simple < used:
+            out.append(
+                f"in the backtest a pure power law ({BASELINE}) forecast better than {rows[0].law}: "
+                f"{100 * simple:.2f}% against {100 * used:.2f}% rms"
+            )
     return tuple(out)
+
+
+def _unidentified(parameters: Mapping[str, float], samples: Mapping[str, Floats], loss: float) -> list[str]:
+    """What the bootstrap says is not known."""
+    out = []
+    if "E" in samples and parameters["E"] > 0 and np.mean(samples["E"] < 0.05 * loss) > 0.025:
+        out.append(
+            f"E is not identified: its draws reach 0 (E = {parameters['E']:.3g}); losses this far above the floor say "
+            "little about it"
+        )
+    for name, draws in samples.items():
+        if name in ("E", "A", "B", "L_inf", "a") or np.ptp(draws) == 0:
+            continue
+        low, high = np.quantile(draws, (0.05, 0.95))
+        if high > 3 * low:
+            out.append(f"{name} is weakly identified: 90% of its draws lie between {low:.2g} and {high:.2g}")
+    return out

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.backtest import CANDIDATES
+from analysis.inference.backtest import LARGE_SWEEP, SMALL_SWEEP
 from analysis.inference.fitting import FitResult, fit_law
 from analysis.inference.points import compute_levels, points
 from analysis.laws.surface import get_law
@@ -52,11 +52,11 @@ def hold_out(runs: Runs, cut_flops: float | None = None, law: str = "auto", draw
     fit = fit_law(below, law, draws=draws)
     held = _take(runs, above).table
     by_law = {}
-    for name in dict.fromkeys((fit.law, *CANDIDATES)):
-        if len(get_law(name).free) <= points(below).n_cells:
-            other = fit if name == fit.law else fit_law(below, name, draws=2)
-            error = other.predict(held["n_params"], held["n_tokens"]) / held["loss"].to_numpy(float) - 1
-            by_law[name] = float(np.sqrt((error**2).mean()))
+    laws = [n for n in dict.fromkeys((*LARGE_SWEEP, *SMALL_SWEEP)) if len(get_law(n).free) <= points(below).n_cells]
+    for name in dict.fromkeys((law, *laws)):
+        other = fit if name == law else fit_law(below, name, draws=2)
+        error = other.predict(held["n_params"], held["n_tokens"]) / held["loss"].to_numpy(float) - 1
+        by_law[name] = float(np.sqrt((error**2).mean()))
     return HoldOut(cut_flops, fit, tuple(_rows(fit, held.to_dict("records"))), by_law)
 
 

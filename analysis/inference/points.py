@@ -24,6 +24,8 @@ class Points:
     cell: np.ndarray
     """(n,) int: runs that differ only by seed share a cell."""
     run_ids: tuple[str, ...]
+    group: np.ndarray | None = None
+    """(n,) int: runs that are resampled together, because they share a trunk or differ only by seed; the cells when None."""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -42,7 +44,14 @@ class Points:
         """The runs of a boolean mask or an index array."""
         ids = np.array(self.run_ids, dtype=object)[rows]
         columns = {name: values[rows] for name, values in self.columns.items()}
-        return Points(columns, self.loss[rows], self.cell[rows], tuple(ids))
+        group = None if self.group is None else self.group[rows]
+        return Points(columns, self.loss[rows], self.cell[rows], tuple(ids), group)
+
+    def sample(self, most: int) -> Points:
+        """At most that many of the runs, drawn at random (always the same ones)."""
+        if len(self) <= most:
+            return self
+        return self.take(np.sort(np.random.default_rng(0).choice(len(self), most, replace=False)))
 
     @property
     def n_cells(self) -> int:
@@ -56,7 +65,8 @@ def points(runs: Runs) -> Points:
     keys = [c for c in t.columns if c not in ("run_id", "status", "seed", "loss", "flops", "trunk")]
     cell = t.groupby([t[k] for k in keys], dropna=False).ngroup().to_numpy()
     columns = complete({name: t[name].to_numpy(float) for name in VARIABLES if name in t})
-    return Points(columns, t["loss"].to_numpy(float), cell, tuple(t["run_id"]))
+    group = t["trunk"].astype("category").cat.codes.to_numpy() if "trunk" in t else None
+    return Points(columns, t["loss"].to_numpy(float), cell, tuple(t["run_id"]), group)
 
 
 def frontier_rows(data: Points, tolerance: float = 0.05) -> np.ndarray:
@@ -82,6 +92,13 @@ def compute_levels(data: Points, gap: float = 0.2) -> np.ndarray:
     out = np.empty(len(data), int)
     out[order] = level
     return out
+
+
+def has_budgets(data: Points) -> bool:
+    """Whether the runs form IsoFLOP groups: narrow compute levels of three runs or more in the mean."""
+    level = compute_levels(data)
+    widths = [np.ptp(data.log_flops[level == k]) for k in range(level.max() + 1)]
+    return level.max() + 1 <= len(data) / 3 and float(np.median(widths)) <= 0.3
 
 
 def seed_noise(data: Points) -> float | None:

@@ -15,14 +15,14 @@ _MULTINOMIAL_FROM = 50
 
 
 def resample_weights(data: Points, draws: int, seed: int) -> Floats:
-    """(draws, n) weights of a bootstrap over cells, so that seeds of one cell go together.
+    """(draws, n) weights of a bootstrap over groups: seeds of one cell, or branches of one trunk, go together.
 
     Counts of drawing with replacement (Efron); below 50 cells Dirichlet weights of the same mean (Rubin 1981), since a
     draw that loses a whole arm of a small grid says nothing about the law.
     """
     rng = np.random.default_rng(seed)
-    cells, index = np.unique(data.cell, return_inverse=True)
-    n = len(cells)
+    groups, index = np.unique(data.cell if data.group is None else data.group, return_inverse=True)
+    n = len(groups)
     if n >= _MULTINOMIAL_FROM:
         by_cell = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
     else:
@@ -31,9 +31,17 @@ def resample_weights(data: Points, draws: int, seed: int) -> Floats:
     return weights
 
 
-def bootstrap(law: Law, data: Points, best: Floats, draws: int, seed: int, robust: Robust = HUBER) -> Solution:
-    """Refit under resampled runs; rows of `.values` are draws of the parameters."""
-    return resolve(law, data.columns, data.loss, best, resample_weights(data, draws, seed), robust)
+def bootstrap(
+    law: Law,
+    data: Points,
+    best: Floats,
+    draws: int,
+    seed: int,
+    robust: Robust = HUBER,
+    weights: Floats | float = 1.0,
+) -> Solution:
+    """Refit under resampled runs; rows of `.values` are draws of the parameters. weights: (n,), of the runs in the fit."""
+    return resolve(law, data.columns, data.loss, best, resample_weights(data, draws, seed) * weights, robust)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,145 @@
+"""Laws that share a forecast: members weighed by backtest, their joint bootstrap, and the backtest of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from analysis.inference.backtest import (
+    BASELINE,
+    BacktestRow,
+    Choice,
+    Member,
+    emphasise,
+    fit_members,
+    recency,
+    row,
+    score,
+)
+from analysis.inference.points import Points
+from analysis.inference.solver import Robust, log_predictions
+from analysis.inference.uncertainty import bootstrap, t_quantile
+from analysis.laws.law import Columns, Floats
+
+_CUT_DRAWS = 60
+_LEAST_WEIGHT = 0.02
+"""Members below this are left out: they cost as much to resample as the others."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A member of an ensemble and its fit."""
+
+    member: Member
+    weight: float
+    values: Floats
+    """(p,)"""
+    draws: Floats = field(repr=False)
+    """(R, p) bootstrap; row r of all members is the same resample of the runs."""
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A weighted mean of ln loss over members; with one member it is that law."""
+
+    members: tuple[Fitted, ...]
+
+    def log_loss(self, columns: Columns) -> Floats:
+        """(n,) mean ln loss."""
+        return self._weights @ self._each(columns)
+
+    def disagreement(self, columns: Columns) -> Floats:
+        """(n,) variance of ln loss between the members, by weight."""
+        each = self._each(columns)
+        return self._weights @ (each - self._weights @ each) ** 2
+
+    def draws(self, columns: Columns) -> Floats:
+        """(R, n) ln loss of each resample of the runs."""
+        total = sum(m.weight * log_predictions(m.member.form, m.draws, columns) for m in self.members)
+        return np.asarray(total)
+
+    def _each(self, columns: Columns) -> Floats:
+        return np.stack([log_predictions(m.member.form, m.values[None], columns)[0] for m in self.members])
+
+    @property
+    def _weights(self) -> Floats:
+        return np.array([m.weight for m in self.members])
+
+
+def fit_ensemble(data: Points, weights: dict[Member, float], robust: Robust, draws: int, seed: int) -> Ensemble:
+    """Fit and resample every member of weight at least .02 of the whole; their weights are scaled to sum to 1."""
+    heavy = {m: w for m, w in weights.items() if w >= min(_LEAST_WEIGHT, max(weights.values()))}
+    values: dict[Member, Floats] = {}
+    for law in dict.fromkeys(m.law for m in heavy):
+        values |= fit_members(law, data, [m.emphasis for m in heavy if m.law == law], robust)
+    return _joint(data, heavy, values, robust, draws, seed)
+
+
+def _joint(
+    data: Points, weights: dict[Member, float], values: dict[Member, Floats], robust: Robust, draws: int, seed: int
+) -> Ensemble:
+    total = sum(weights.values())
+    fitted = []
+    for member, weight in weights.items():
+        runs = emphasise(member.emphasis, data.log_flops)
+        sample = bootstrap(member.form, data, values[member], draws, seed, robust, runs).values
+        fitted.append(Fitted(member, weight / total, values[member], sample))
+    return Ensemble(tuple(fitted))
+
+
+def backtest_rows(data: Points, choice: Choice, noise: float, robust: Robust) -> tuple[BacktestRow, ...]:
+    """The ensemble at every cut, then each law under the emphasis that served it best, then the baseline."""
+    if not choice.errors:
+        return ()
+    heavy = {m: w for m, w in choice.weights.items() if w >= _LEAST_WEIGHT}
+    best = [
+        min((m for m in choice.errors if m.law == law), key=lambda m: score(choice.errors[m]))
+        for law in dict.fromkeys(m.law for m in choice.errors)
+    ]
+    groups = [("ensemble", heavy)] if len(choice.weights) > 1 else []
+    groups += [(m.law, {m: 1.0}) for m in best]
+    rows = []
+    for name, weights in groups:
+        for i in range(len(next(iter(choice.errors.values())))):
+            values = {m: choice.errors[m][i].values for m in weights}
+            emphasis = next(iter(weights)).emphasis if name != "ensemble" else 0.0
+            rows.append(_judge(name, emphasis, data, choice.errors[best[0]][i].cut, weights, values, noise, robust))
+    if choice.baseline and BASELINE not in {m.law for m in choice.errors}:
+        rows += [row(BASELINE, 0.0, data, e.cut, e.error) for e in choice.baseline]
+    return tuple(rows)
+
+
+def _judge(
+    name: str,
+    emphasis: float,
+    data: Points,
+    cut: float,
+    weights: dict[Member, float],
+    values: dict[Member, Floats],
+    noise: float,
+    robust: Robust,
+) -> BacktestRow:
+    """One cut with the coverage of the interval of parameters, disagreement and run noise (no law-form part)."""
+    below, above = data.take(data.log_flops <= cut), data.take(data.log_flops > cut)
+    ensemble = _joint(below, weights, values, robust, _CUT_DRAWS, 0)
+    centre = ensemble.log_loss(above.columns)
+    error = np.log(above.loss) - centre
+    parameter = ((ensemble.draws(above.columns) - centre) ** 2).mean(0)
+    sd = np.sqrt(parameter + ensemble.disagreement(above.columns) + noise**2)
+    p = max(len(m.form.free) for m in weights)
+    freedom = max(below.n_cells - p, 1)
+    found = row(name, emphasis, data, cut, error)
+    inside = [float((np.abs(error) <= t_quantile(level, freedom) * sd).mean()) for level in (0.5, 0.9)]
+    mean_sd = float(np.sqrt(parameter.mean() + ensemble.disagreement(above.columns).mean()))
+    return BacktestRow(**{**found.to_dict(), "coverage_50": inside[0], "coverage_90": inside[1], "model_sd": mean_sd})
+
+
+def summary(rows: Sequence[BacktestRow]) -> dict[str, float]:
+    """Recency-weighted rms error over the cuts by law."""
+    out = {}
+    for law in dict.fromkeys(r.law for r in rows):
+        mine = [r.rms_error**2 for r in rows if r.law == law]
+        out[law] = float(np.sqrt(recency(len(mine)) @ mine))
+    return out
