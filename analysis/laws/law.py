@@ -261,6 +261,7 @@ class FormulaLaw(Law):
     function: Callable[[Floats, Columns], tuple[Floats, Floats]]
     """(B, p) parameters and columns of n rows → predictions (B, n) and gradients (B, p, n)."""
     nested: tuple[str, tuple[tuple[str, float], ...]] | None = None
+    on_frontier: bool = False
 
     @property
     def domain(self) -> tuple[Parameter, ...]:
@@ -308,6 +309,11 @@ class RestrictedLaw(Law):
     def source(self) -> str:  # type: ignore[override]
         """The base law's."""
         return self.base.source
+
+    @property
+    def on_frontier(self) -> bool:  # type: ignore[override]
+        """The base law's."""
+        return self.base.on_frontier
 
     @property
     def domain(self) -> tuple[Parameter, ...]:

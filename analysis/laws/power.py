@@ -163,7 +163,7 @@ class OuterModel(SurfaceModel):
         gamma = vectors[:, -1:, None]
         sums = super().evaluate(vectors[:, :-1])
         floor = vectors[:, : self.k][:, ~self.inside].sum(1)[:, None]
-        s = np.maximum(sums.y - floor, 1e-300)
+        s = np.maximum(sums.y - floor, 1e-100)
         risen = s ** gamma[:, :, 0]
         jacobian = np.concatenate([sums.jacobian, (risen * np.log(s))[:, None]], axis=1)
         chain = gamma * (risen / s)[:, None]

@@ -1,7 +1,9 @@
-"""Loss surfaces by name. To add one that is a sum of powers, add one value here."""
+"""Loss surfaces by name. To add one that is a sum of powers, add one value here; else see analysis.laws.formulas."""
 
 from __future__ import annotations
 
+from analysis.laws.farseer import FarseerLaw
+from analysis.laws.formulas import BROKEN, DATA_CONSTRAINED, EXPERTS, PRECISION
 from analysis.laws.law import Law
 from analysis.laws.power import SurfaceLaw, Term
 from scaling.errors import unknown
@@ -69,6 +71,25 @@ LAWS: dict[str, Law] = {
             on_frontier=True,
             fixed=(("L_inf", 0.0),),
         ),
+        BROKEN,
+        DATA_CONSTRAINED,
+        SurfaceLaw(
+            "width_depth",
+            "L = E + A/N^α + B/D^β + A_w/w^α_w + A_d/d^α_d, w the width, d the depth",
+            "McLeish et al. 2025 (Gemstones), arXiv 2502.06857; their γ, ζ are α, β here, their α, β are α_w, α_d",
+            (_E, _N, _D, Term("A_w", (("width", "alpha_w"),)), Term("A_d", (("depth", "alpha_d"),))),
+            nested=("chinchilla", (("A_w", 0.0), ("A_d", 0.0), ("alpha_w", 0.5), ("alpha_d", 0.5))),
+        ),
+        EXPERTS,
+        SurfaceLaw(
+            "fine_grained",
+            "L = E + (g/G^γ + A)/N^α + B/D^β, G the granularity, N with all experts",
+            "Krajewski et al. 2024, arXiv 2402.07871, eq. 9; N without embeddings, at one number of experts",
+            (_E, _N, _D, Term("g", (("n_params", "alpha"), ("granularity", "gamma")))),
+            nested=("chinchilla", (("g", 0.0), ("gamma", 0.5))),
+        ),
+        FarseerLaw(),
+        PRECISION,
     )
 }
 """Every surface by name."""

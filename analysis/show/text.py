@@ -91,8 +91,8 @@ def _side_by_side(approaches: dict[str, Any], allocations: Sequence[Allocation])
         rows.append([names[key], f"{value['n_exponent']:.3f}", *cells])
     for law in PUBLISHED:
         points = [law.allocate(a.budget_flops) for a in allocations]
-        exponent = law.parameters["beta"] / (law.parameters["alpha"] + law.parameters["beta"])
-        rows.append([law.name, f"{exponent:.3f}", *(f"{si(n)} / {si(d)} → {loss:.3f}" for n, d, loss in points)])
+        cells = [f"{si(n)} / {si(d)} → {'–' if loss is None else f'{loss:.3f}'}" for n, d, loss in points]
+        rows.append([law.name, f"{law.n_exponent:.3f}", *cells])
     header = ["N* / D*", "N* ∝ C^", *(flops(a.budget_flops) for a in allocations)]
     return "\n".join([table(header, rows), *missing])
 
