@@ -136,7 +136,7 @@ class SurfaceModel(Model):
             jacobian[:, self.k + j] = -np.einsum("bkn,kn->bn", share, self.z[:, j])
         return Evaluation(y, jacobian, phi)
 
-    def curvature(self, vectors: Floats, at: Evaluation, weight: Floats) -> Floats:
+    def curvature(self, vectors: Floats, at: Evaluation, weight: Floats) -> Floats | None:
         c, k_all, m = vectors[:, : self.k], self.k, self.m
         h = np.zeros((len(vectors), k_all + m, k_all + m))
         for k in range(k_all):
