@@ -75,7 +75,7 @@ def fit_curves(
             about what a fall is worth.
     """
     base = get_curve_law(law, tuple(c.schedule for c in curves))
-    chosen = base.restrict(**(held or {})) if held else base
+    chosen = base.restrict(None, **held) if held else base
     n = sum(len(c.steps) for c in curves)
     if n < 2 * len(chosen.free):
         raise InputError(

@@ -186,7 +186,7 @@ def fit_mixtures(runs: Mixtures, robust: Robust = HUBER, draws: int = _DRAWS, se
 
 def _minimise(weights: Floats, b: Floats, high: Floats, start: Floats | None = None) -> Floats:
     """argmin_r Σ_i w_i·exp(b_i·r) on the simplex with r ≤ high."""
-    from scipy.optimize import minimize
+    from scipy.optimize import Bounds, LinearConstraint, minimize
 
     m = b.shape[1]
     scale = weights * np.exp(b.mean(1))
@@ -199,9 +199,8 @@ def _minimise(weights: Floats, b: Floats, high: Floats, start: Floats | None = N
 
     first = np.minimum(np.full(m, 1 / m), high) if start is None else start
     found = minimize(
-        value, first, jac=True, method="SLSQP", bounds=[(0.0, min(h, 1.0)) for h in high],
-        constraints={"type": "eq", "fun": lambda r: r.sum() - 1, "jac": np.ones_like},
-        options={"ftol": 1e-13, "maxiter": 300},
+        value, first, jac=True, method="SLSQP", bounds=Bounds(0.0, np.minimum(high, 1.0)),
+        constraints=LinearConstraint(np.ones(m), 1.0, 1.0), options={"ftol": 1e-13, "maxiter": 300},
     )  # fmt: skip
     r = np.clip(found.x, 0.0, np.minimum(high, 1.0))
     return np.asarray(r / r.sum(), float)
