@@ -1,7 +1,7 @@
 """Rolling-origin backtest: fit the runs below a compute cut, predict those above, at every cut that leaves enough.
 
-A member is a law with an emphasis k: run i enters its fit with weight (C_i / C_max)^k. A law that does not hold over all
-scales holds longer near the largest, where a forecast starts; the backtest says how much emphasis pays.
+A member is a law with an emphasis k on the larger runs: a law that does not hold over all scales holds longer near the
+largest, where a forecast starts. The backtest says how much emphasis pays, and what each law is worth.
 """
 
 from __future__ import annotations
@@ -29,40 +29,58 @@ SHARPNESS = 4
 RECENCY = 2.0
 """A cut counts e^RECENCY times the one below it: the last is the most like the forecast."""
 
+NEAR = 0.1
+"""Excess of ln loss over the envelope at which a run counts half in a member's fit."""
+MEMBER_LOSS = Robust("huber", 1e-2)
+"""Members forecast: δ of the size of run noise wastes less of the data than the field's 1e-3 and still bounds outliers."""
+
 _MAX_CUTS = 4
 _LEAST_RANGE = 0.7
 
 
 @dataclass(frozen=True)
 class Member:
-    """A law fitted with an emphasis on the larger runs."""
+    """A law and how its fit weighs the runs."""
 
     law: str
-    emphasis: float = 0.0
+    emphasis: float | None = None
+    """k of `weights`; None: every run counts the same."""
+    robust: Robust = HUBER
 
     @property
     def form(self) -> Law:
         """The law's form."""
         return get_law(self.law)
 
+    def weights(self, data: Points) -> Floats:
+        """(n,) (C / C_max)^k / (1 + (x / NEAR)²), x = ln(loss / least loss of the runs of at most 1.05·C).
 
-def emphasise(emphasis: float, log_flops: Floats) -> Floats:
-    """(n,) weights (C / C_max)^emphasis."""
-    weights: Floats = np.exp(emphasis * (log_flops - log_flops.max()))
-    return weights
+        Runs far above the envelope are those that hardly trained: no law of this kind describes them and no plan asks
+        for them.
+        """
+        if self.emphasis is None:
+            return np.ones(len(data))
+        order = np.argsort(data.log_flops, kind="stable")
+        lowest = np.minimum.accumulate(data.loss[order])
+        reach = np.searchsorted(data.log_flops[order], data.log_flops + np.log(1.05), side="right") - 1
+        above = np.log(data.loss / lowest[reach])
+        late: Floats = np.exp(self.emphasis * (data.log_flops - data.log_flops.max()))
+        return late / (1 + (above / NEAR) ** 2)
 
 
-def fit_members(law: str, data: Points, emphases: Sequence[float], robust: Robust = HUBER) -> dict[Member, Floats]:
-    """(p,) parameters of a law under each emphasis; the minimum without emphasis is where the others start."""
-    form = get_law(law)
-    plain = solve(form, data.columns, data.loss, robust).values[0]
-    out = {Member(law): plain}
-    others = [k for k in emphases if k]
-    if others:
-        weights = np.array([emphasise(k, data.log_flops) for k in others])
-        refit = resolve(form, data.columns, data.loss, plain, weights, robust).values
-        out |= {Member(law, k): v for k, v in zip(others, refit, strict=True)}
-    return {m: v for m, v in out.items() if m.emphasis in emphases}
+def fit_members(members: Sequence[Member], data: Points) -> dict[Member, Floats]:
+    """(p,) parameters of each member; the minimum of a law's first member is where its others start."""
+    found: dict[Member, Floats] = {}
+    for law in dict.fromkeys(m.law for m in members):
+        first, *others = (m for m in members if m.law == law)
+        form = first.form
+        best = solve(form, data.columns, data.loss, first.robust, first.weights(data)).values[0]
+        found[first] = best
+        if others:
+            weights = np.array([m.weights(data) for m in others])
+            refit = resolve(form, data.columns, data.loss, best, weights, first.robust).values
+            found |= dict(zip(others, refit, strict=True))
+    return found
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ class BacktestRow:
 
     law: str
     """A law's name, or "ensemble"."""
-    emphasis: float
+    emphasis: float | None
     cut_flops: float
     n_fitted: int
     n_held_out: int
@@ -116,29 +134,28 @@ class Errors:
     """(held out,) ln(actual / predicted)."""
 
 
-def backtest(
-    law: str, data: Points, at: Sequence[float], emphases: Sequence[float] = (0.0,), robust: Robust = HUBER
-) -> dict[Member, tuple[Errors, ...]]:
+def backtest(members: Sequence[Member], data: Points, at: Sequence[float]) -> dict[Member, tuple[Errors, ...]]:
     """Hold out everything above each cut (ln C), refit, predict; cuts that leave fewer cells than parameters have none."""
-    form = get_law(law)
-    if form.on_frontier:
-        data = data.take(frontier_rows(data))
-    found: dict[Member, tuple[Errors, ...]] = {Member(law, k): () for k in emphases}
-    for cut in at:
-        below, above = data.take(data.log_flops <= cut), data.take(data.log_flops > cut)
-        if below.n_cells < len(form.free) or not len(above):
-            continue
-        for member, values in fit_members(law, below, emphases, robust).items():
-            error = np.log(above.loss) - log_predictions(form, values[None], above.columns)[0]
-            found[member] += (Errors(cut, values, error),)
+    found: dict[Member, tuple[Errors, ...]] = dict.fromkeys(members, ())
+    for on_frontier in (False, True):
+        mine = [m for m in members if m.form.on_frontier == on_frontier]
+        runs = data.take(frontier_rows(data)) if on_frontier else data
+        for cut in at:
+            below, above = runs.take(runs.log_flops <= cut), runs.take(runs.log_flops > cut)
+            enough = [m for m in mine if below.n_cells >= len(m.form.free)]
+            if not len(above):
+                continue
+            for member, values in fit_members(enough, below).items():
+                error = np.log(above.loss) - log_predictions(member.form, values[None], above.columns)[0]
+                found[member] += (Errors(cut, values, error),)
     return found
 
 
-def row(member: str, emphasis: float, data: Points, cut: float, error: Floats) -> BacktestRow:
+def row(name: str, emphasis: float | None, data: Points, cut: float, error: Floats) -> BacktestRow:
     """The figures of one cut."""
     above = data.log_flops > cut
     return BacktestRow(
-        law=member,
+        law=name,
         emphasis=emphasis,
         cut_flops=float(np.exp(cut)),
         n_fitted=int((~above).sum()),
@@ -173,7 +190,7 @@ class Choice:
     baseline: tuple[Errors, ...]
 
 
-def choose(data: Points, robust: Robust = HUBER) -> Choice:
+def choose(data: Points) -> Choice:
     """Weigh the members, all at the same cuts.
 
     Without a cut the weight goes to Chinchilla's law, or to the largest of SMALL_SWEEP that the runs suffice for.
@@ -184,21 +201,21 @@ def choose(data: Points, robust: Robust = HUBER) -> Choice:
     if not at:
         enough = [n for n in ("chinchilla", *SMALL_SWEEP) if len(get_law(n).free) <= data.n_cells]
         return Choice({Member(enough[0] if enough else BASELINE): 1.0}, {}, ())
-    table: dict[Member, tuple[Errors, ...]] = {}
-    for name in laws:
-        table |= backtest(name, data, at, EMPHASES, robust)
+    table = backtest([Member(n, k, MEMBER_LOSS) for n in laws for k in EMPHASES], data, at)
     most = max(len(e) for e in table.values())
     table = {m: e for m, e in table.items() if len(e) == most}
-    scores = {m: score(e) for m, e in table.items()}
-    return Choice(weigh(scores), table, backtest(BASELINE, data, at, robust=robust)[Member(BASELINE)])
+    return Choice(weigh({m: score(e) for m, e in table.items()}), table, _baseline(data, at))
 
 
-def judge(law: str, data: Points, robust: Robust = HUBER) -> Choice:
+def judge(member: Member, data: Points) -> Choice:
     """One law by itself: all the weight, and its backtest."""
-    at = cuts(data, len(get_law(law).free) + 1)
-    errors = backtest(law, data, at, robust=robust)
-    baseline = backtest(BASELINE, data, at, robust=robust)[Member(BASELINE)]
-    return Choice({Member(law): 1.0}, errors if errors[Member(law)] else {}, baseline)
+    at = cuts(data, len(member.form.free) + 1)
+    errors = backtest([member], data, at)
+    return Choice({member: 1.0}, errors if errors[member] else {}, _baseline(data, at))
+
+
+def _baseline(data: Points, at: Sequence[float]) -> tuple[Errors, ...]:
+    return backtest([Member(BASELINE)], data, at)[Member(BASELINE)]
 
 
 def weigh(scores: Mapping[Member, float]) -> dict[Member, float]:

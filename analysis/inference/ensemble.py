@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,14 +12,13 @@ from analysis.inference.backtest import (
     BacktestRow,
     Choice,
     Member,
-    emphasise,
     fit_members,
     recency,
     row,
     score,
 )
 from analysis.inference.points import Points
-from analysis.inference.solver import Robust, log_predictions
+from analysis.inference.solver import log_predictions
 from analysis.inference.uncertainty import bootstrap, t_quantile
 from analysis.laws.law import Columns, Floats
 
@@ -68,28 +67,24 @@ class Ensemble:
         return np.array([m.weight for m in self.members])
 
 
-def fit_ensemble(data: Points, weights: dict[Member, float], robust: Robust, draws: int, seed: int) -> Ensemble:
+def fit_ensemble(data: Points, weights: Mapping[Member, float], draws: int, seed: int) -> Ensemble:
     """Fit and resample every member of weight at least .02 of the whole; their weights are scaled to sum to 1."""
     heavy = {m: w for m, w in weights.items() if w >= min(_LEAST_WEIGHT, max(weights.values()))}
-    values: dict[Member, Floats] = {}
-    for law in dict.fromkeys(m.law for m in heavy):
-        values |= fit_members(law, data, [m.emphasis for m in heavy if m.law == law], robust)
-    return _joint(data, heavy, values, robust, draws, seed)
+    return _resampled(data, heavy, fit_members(list(heavy), data), draws, seed)
 
 
-def _joint(
-    data: Points, weights: dict[Member, float], values: dict[Member, Floats], robust: Robust, draws: int, seed: int
+def _resampled(
+    data: Points, weights: Mapping[Member, float], values: Mapping[Member, Floats], draws: int, seed: int
 ) -> Ensemble:
     total = sum(weights.values())
     fitted = []
-    for member, weight in weights.items():
-        runs = emphasise(member.emphasis, data.log_flops)
-        sample = bootstrap(member.form, data, values[member], draws, seed, robust, runs).values
-        fitted.append(Fitted(member, weight / total, values[member], sample))
+    for m, weight in weights.items():
+        sample = bootstrap(m.form, data, values[m], draws, seed, m.robust, m.weights(data)).values
+        fitted.append(Fitted(m, weight / total, values[m], sample))
     return Ensemble(tuple(fitted))
 
 
-def backtest_rows(data: Points, choice: Choice, noise: float, robust: Robust) -> tuple[BacktestRow, ...]:
+def backtest_rows(data: Points, choice: Choice, noise: float) -> tuple[BacktestRow, ...]:
     """The ensemble at every cut, then each law under the emphasis that served it best, then the baseline."""
     if not choice.errors:
         return ()
@@ -104,26 +99,25 @@ def backtest_rows(data: Points, choice: Choice, noise: float, robust: Robust) ->
     for name, weights in groups:
         for i in range(len(next(iter(choice.errors.values())))):
             values = {m: choice.errors[m][i].values for m in weights}
-            emphasis = next(iter(weights)).emphasis if name != "ensemble" else 0.0
-            rows.append(_judge(name, emphasis, data, choice.errors[best[0]][i].cut, weights, values, noise, robust))
+            emphasis = next(iter(weights)).emphasis if name != "ensemble" else None
+            rows.append(_judge(name, emphasis, data, choice.errors[best[0]][i].cut, weights, values, noise))
     if choice.baseline and BASELINE not in {m.law for m in choice.errors}:
-        rows += [row(BASELINE, 0.0, data, e.cut, e.error) for e in choice.baseline]
+        rows += [row(BASELINE, None, data, e.cut, e.error) for e in choice.baseline]
     return tuple(rows)
 
 
 def _judge(
     name: str,
-    emphasis: float,
+    emphasis: float | None,
     data: Points,
     cut: float,
     weights: dict[Member, float],
     values: dict[Member, Floats],
     noise: float,
-    robust: Robust,
 ) -> BacktestRow:
     """One cut with the coverage of the interval of parameters, disagreement and run noise (no law-form part)."""
     below, above = data.take(data.log_flops <= cut), data.take(data.log_flops > cut)
-    ensemble = _joint(below, weights, values, robust, _CUT_DRAWS, 0)
+    ensemble = _resampled(below, weights, values, _CUT_DRAWS, 0)
     centre = ensemble.log_loss(above.columns)
     error = np.log(above.loss) - centre
     parameter = ((ensemble.draws(above.columns) - centre) ** 2).mean(0)

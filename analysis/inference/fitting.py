@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from analysis.inference.backtest import BASELINE, BacktestRow, Choice, Member, choose, form_error, judge
-from analysis.inference.ensemble import Ensemble, Fitted, backtest_rows, fit_ensemble, summary
+from analysis.inference.ensemble import Ensemble, backtest_rows, fit_ensemble, summary
 from analysis.inference.isoflop import approaches
 from analysis.inference.points import Points, check_enough, compute_levels, frontier_rows, points, seed_noise
 from analysis.inference.solver import HUBER, Robust, solve
@@ -174,18 +174,14 @@ def fit_law(runs: Runs, law: str = "auto", *, draws: int = DRAWS, seed: int = 0,
     data = everything.take(frontier_rows(everything)) if asked.on_frontier else everything
     check_enough(data, get_law("tied_no_floor") if law == "auto" and data.n_cells < len(asked.free) else asked)
     few = data.sample(LARGE)
-    choice = choose(few, robust) if law == "auto" else judge(law, few, robust)
+    choice = choose(few) if law == "auto" else judge(Member(law, robust=robust), few)
     form = _reported(choice, data) if law == "auto" else asked
     best = solve(form, data.columns, data.loss, robust)
     values = best.values[0]
     seeds = seed_noise(data)
-    ensemble = (
-        fit_ensemble(few, choice.weights, robust, max(draws // 5, 2), seed)
-        if law == "auto"
-        else _alone(form, few, values, robust, draws, seed)
-    )
+    ensemble = fit_ensemble(few, choice.weights, max(draws // 5, 2) if law == "auto" else draws, seed)
     noise = _run_noise(ensemble, few, len(form.free), seeds)
-    rows = backtest_rows(few, choice, noise, robust)
+    rows = backtest_rows(few, choice, noise)
     sample = bootstrap(form, few, values, draws, seed, robust).values
     named = [form.parameters(v) for v in sample]
     samples = {name: np.array([s[name] for s in named]) for name in form.parameters(values)}
@@ -231,13 +227,6 @@ def _reported(choice: Choice, data: Points) -> Law:
     for member, w in choice.weights.items():
         weight[member.law] = weight.get(member.law, 0.0) + w
     return get_law(max(weight, key=lambda name: weight[name]))
-
-
-def _alone(form: Law, data: Points, values: Floats, robust: Robust, draws: int, seed: int) -> Ensemble:
-    """The law that was asked for, by itself."""
-    return Ensemble(
-        (Fitted(Member(form.name), 1.0, values, bootstrap(form, data, values, draws, seed, robust).values),)
-    )
 
 
 def _run_noise(ensemble: Ensemble, data: Points, parameters: int, seeds: float | None) -> float:
