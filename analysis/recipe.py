@@ -13,8 +13,7 @@ from analysis.inference.hyperparameters import (
     HyperLaw,
     cells,
     check,
-    fit_batch,
-    fit_lr,
+    fit_laws,
     is_separable,
     one_size_out,
 )
@@ -75,8 +74,7 @@ def measure(sweep: Path, verify: Path | None, convention: str) -> dict[str, Any]
             f"{sweep}: learning rates were swept at one size only (N = {sizes[0]:.4g}); a law needs two, a check three"
         )
     separable = is_separable(found)
-    batch = fit_batch(found)
-    lr = fit_lr(found, separable, batch)
+    lr, batch = fit_laws(found, separable)
     checks = one_size_out(found, separable, batch)
     verified = check(lr, cells(load_runs(verify, convention=convention))) if verify is not None else []
     tokens = [c.n_tokens for c in found]

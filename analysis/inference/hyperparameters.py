@@ -9,6 +9,9 @@ ln(batch). The optimal learning rate rises with the batch, so the optima of all 
 
 and the batch law is put in: b = b' + s·(exponent of the batch law). Where the sweep holds D/N fixed, a and b' are not
 separable: then b' = 0, and a carries both.
+
+Where cells hold a dense grid, the parabolas are not used: loss is flat and skewed about its minimum, and least squares
+through every setting within NEAR of its cell's best (how Step Law was fitted) loses less on sizes left out.
 """
 
 from __future__ import annotations
@@ -29,6 +32,10 @@ BATCH_GAP = 0.01
 """A batch whose best loss is this much (relative) above the best batch's adds a standard deviation of 1 to its ln peak_lr."""
 BATCH_PRIOR = (0.571, 0.1)
 """Exponent of D in the batch law and its standard deviation: Step Law, arXiv 2503.04715."""
+NEAR = 0.0025
+"""Settings within this relative loss of their cell's best are near-optimal: Step Law's threshold."""
+_DENSE = 5
+"""Near-optimal settings a cell, on average, from which on they say more than parabolas."""
 _LEAST_POINTS = 4
 _SEPARABLE = 0.2
 _NOISE_FLOOR = 1e-3
@@ -67,6 +74,8 @@ class Cell:
     """Of ln batch_tokens; its sd is infinite where the batch was not varied."""
     by_batch: tuple[tuple[float, Parabola], ...] = ()
     """ln batch_tokens, and the optimum of ln peak_lr at that batch."""
+    near: tuple[tuple[float, float], ...] = ()
+    """ln peak_lr and ln batch_tokens of the near-optimal settings, best first."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: optimum, interval and what being off by 2× costs."""
@@ -150,7 +159,7 @@ def cells(runs: Runs) -> list[Cell]:
             if len(np.unique(lr)) >= 3:
                 per_batch.append((float(np.log(batch)), fit_parabola(np.log(lr), loss), len(group)))
         if per_batch:
-            found.append(_cell(n, d, per_batch))
+            found.append(_cell(n, d, per_batch, _near_optimal(cell)))
     if not found:
         raise InputError(f"{runs.source}: no size has runs at three or more learning rates (e.g. +grid=lr)")
     return found
@@ -168,7 +177,16 @@ def _groups(table: Any) -> list[tuple[tuple[float, float], Any]]:
     return out
 
 
-def _cell(n: float, d: float, per_batch: Sequence[tuple[float, Parabola, int]]) -> Cell:
+def _near_optimal(cell: Any) -> tuple[tuple[float, float], ...]:
+    """Settings within NEAR of the cell's best; seeds of one setting are averaged."""
+    loss = cell.groupby(["peak_lr", "batch_tokens"])["loss"].mean().sort_values()
+    near = loss[loss <= loss.iloc[0] * (1 + NEAR)]
+    return tuple((float(np.log(lr)), float(np.log(batch))) for lr, batch in near.index)
+
+
+def _cell(
+    n: float, d: float, per_batch: Sequence[tuple[float, Parabola, int]], near: tuple[tuple[float, float], ...]
+) -> Cell:
     ln_batch = np.array([b for b, _, _ in per_batch])
     count = sum(c for _, _, c in per_batch)
     batch = fit_parabola(ln_batch, np.array([p.loss for _, p, _ in per_batch]))
@@ -176,7 +194,53 @@ def _cell(n: float, d: float, per_batch: Sequence[tuple[float, Parabola, int]]) 
     at = float(np.interp(batch.minimum, [b for b, _, _ in measured], [p.minimum for _, p, _ in measured]))
     nearest = min(per_batch, key=lambda item: abs(item[0] - batch.minimum))[1]
     lr = Parabola(at, batch.loss, nearest.curvature, nearest.sd, nearest.inside)
-    return Cell(n, d, count, lr, batch, tuple((b, p) for b, p, _ in measured))
+    return Cell(n, d, count, lr, batch, tuple((b, p) for b, p, _ in measured), near)
+
+
+def is_dense(found: Sequence[Cell]) -> bool:
+    """Whether the near-optimal settings are many enough for `fit_near_optimal`."""
+    return float(np.mean([len(c.near) for c in found])) >= _DENSE
+
+
+def fit_laws(found: Sequence[Cell], separable: bool) -> tuple[HyperLaw, HyperLaw]:
+    """The learning-rate and the batch law: through near-optimal settings of a dense grid, else through parabolas."""
+    if is_dense(found):
+        return fit_near_optimal(found, separable)
+    batch = fit_batch(found)
+    return fit_lr(found, separable, batch), batch
+
+
+def fit_near_optimal(found: Sequence[Cell], separable: bool) -> tuple[HyperLaw, HyperLaw]:
+    """Both laws by least squares through all near-optimal settings (Step Law, arXiv 2503.04715, and its released code).
+
+    ln peak_lr = ln c + a·ln N + b·ln D and ln batch = ln c + b·ln D, each setting counting alike. Settings of one cell are
+    not independent: the half-widths are of the cluster-robust covariance (X'X)⁻¹·(Σ_cell X'r·r'X)·(X'X)⁻¹.
+    """
+    cell = np.concatenate([np.full(len(c.near), i) for i, c in enumerate(found)])
+    ln_n, ln_d = (np.log([getattr(c, f) for c in found])[cell] for f in ("n_params", "n_tokens"))
+    ln_lr, ln_batch = np.array([setting for c in found for setting in c.near]).T
+    one = np.ones(len(cell))
+    lr, lr_half = _clustered(np.column_stack([one, ln_n, ln_d] if separable else [one, ln_n]), ln_lr, cell)
+    batch, batch_half = _clustered(np.column_stack([one, ln_d]), ln_batch, cell)
+    return (
+        HyperLaw(
+            float(np.exp(lr[0])), float(lr[1]), float(lr[2]) if separable else 0.0,
+            float(lr_half[1]), float(lr_half[2]) if separable else None,
+        ),
+        HyperLaw(float(np.exp(batch[0])), 0.0, float(batch[1]), None, float(batch_half[1])),
+    )  # fmt: skip
+
+
+def _clustered(x: Floats, y: Floats, cell: np.ndarray) -> tuple[Floats, Floats]:
+    """Least squares and 95% half-widths with rows of one cell correlated."""
+    inverse = np.linalg.pinv(x.T @ x)
+    theta: Floats = inverse @ (x.T @ y)
+    cells_count = int(cell.max()) + 1
+    scores = np.zeros((cells_count, x.shape[1]))
+    np.add.at(scores, cell, x * (y - x @ theta)[:, None])
+    small = cells_count / max(cells_count - x.shape[1], 1)
+    half: Floats = 1.96 * np.sqrt(small * np.diag(inverse @ (scores.T @ scores) @ inverse))
+    return theta, half
 
 
 def fit_batch(found: Sequence[Cell]) -> HyperLaw:
@@ -256,7 +320,8 @@ def one_size_out(found: Sequence[Cell], separable: bool, batch: HyperLaw) -> lis
     out = []
     for size in sizes if len(sizes) >= 3 else []:
         rest = [c for c in found if c.n_params != size]
-        law = fit_lr(rest, separable and is_separable(rest), batch)
+        apart = separable and is_separable(rest)
+        law = fit_near_optimal(rest, apart)[0] if is_dense(found) else fit_lr(rest, apart, batch)
         out += check(law, [c for c in found if c.n_params == size])
     return out
 

@@ -8,8 +8,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.interpolate import LinearNDInterpolator
 
-from analysis.inference.hyperparameters import cells, fit_batch, fit_lr, fit_parabola, is_separable, one_size_out
+from analysis.inference.hyperparameters import (
+    Cell,
+    HyperLaw,
+    cells,
+    fit_batch,
+    fit_laws,
+    fit_lr,
+    fit_near_optimal,
+    fit_parabola,
+    is_dense,
+    is_separable,
+    one_size_out,
+)
 from analysis.recipe import main, measure
 from analysis.runs import load_runs
 from scaling.errors import InputError
@@ -121,22 +134,86 @@ def test_refusals(tmp_path: Path) -> None:
         measure(tmp_path / "two.csv", None, "body_head")
 
 
-def test_step_law(golden: Path, tmp_path: Path) -> None:
-    """Parabolas at 17 cells against the paper's N^−.713·D^.307 and D^.571, which came of another estimator."""
+def step_law(golden: Path, folder: Path) -> tuple[list[Cell], dict[float, pd.DataFrame]]:
+    """The 17 cells of the dense grid, and its runs by N."""
     frame = pd.read_csv(golden / "steplaw" / "dense_lr_bs_loss.csv")
-    frame = pd.DataFrame(
-        {
-            "n_params": frame["N"],
-            "n_tokens": frame["D"],
-            "peak_lr": frame["lr"],
-            "batch_tokens": frame["bs"] * 2048,
-            "loss": frame["smooth loss"],
-        }
+    names = {"N": "n_params", "D": "n_tokens", "lr": "peak_lr", "bs": "batch_tokens", "smooth loss": "loss"}
+    frame = frame[list(names)].rename(columns=names)
+    frame["batch_tokens"] *= 2048
+    frame.to_csv(folder / "steplaw.csv", index=False)
+    return cells(load_runs(folder / "steplaw.csv")), dict(iter(frame.groupby("n_params")))
+
+
+def regrets(lr: HyperLaw, batch: HyperLaw, runs: pd.DataFrame) -> list[float]:
+    """ln loss given up at every D of one size, between the runs by linear interpolation in ln peak_lr and ln batch."""
+    out = []
+    for d, cell in runs.groupby("n_tokens"):
+        n = float(cell["n_params"].iloc[0])
+        surface = LinearNDInterpolator(np.log(cell[["peak_lr", "batch_tokens"]].to_numpy()), np.log(cell["loss"]))
+        out.append(float(surface(np.log(lr(n, d)), np.log(batch(n, d)))) - float(np.log(cell["loss"].min())))
+    return out
+
+
+PUBLISHED = (HyperLaw(1.797, -0.7129, 0.3075, None, None), HyperLaw(0.5807, 0.0, 0.5709, None, None))
+
+
+def test_step_law_by_its_own_method(golden: Path, tmp_path: Path) -> None:
+    """Least squares through the runs within .25% of their cell's best, which is the released fitting code's estimate.
+
+    On these 17 cells it does not give the paper's N^−.713·D^.307 and D^.571. The paper's N and batch exponents lie in the
+    95% interval, its D exponent of the learning rate does not; the laws here lose less on these cells than the paper's.
+    """
+    found, by_size = step_law(golden, tmp_path)
+    assert len(found) == 17
+    assert is_dense(found)
+    lr, batch = fit_laws(found, is_separable(found))
+    assert (lr.n_exponent, lr.d_exponent, batch.d_exponent) == pytest.approx((-0.766, 0.197, 0.613), abs=0.001)
+    assert lr.n_half_width is not None
+    assert batch.d_half_width is not None
+    assert abs(lr.n_exponent + 0.7129) < lr.n_half_width < 0.1
+    assert abs(batch.d_exponent - 0.5709) < batch.d_half_width < 0.11
+    ours, theirs = (
+        np.mean([regret for r in by_size.values() for regret in regrets(*laws, r)])
+        for laws in ((lr, batch), PUBLISHED)
     )
-    frame.to_csv(tmp_path / "steplaw.csv", index=False)
-    law = measure(tmp_path / "steplaw.csv", None, "body_head")
-    assert len(law["cells"]) == 17
-    assert law["peak_lr"]["n_exponent"] == pytest.approx(-0.713, abs=0.13)
-    assert law["peak_lr"]["d_exponent"] == pytest.approx(0.307, abs=0.07)
-    assert law["batch_tokens"]["d_exponent"] == pytest.approx(0.571, abs=0.04)
-    assert max(r["regret"] for r in law["one_size_out"]) < 0.001
+    print("RR", ours, theirs)
+    assert ours < 0.0011 < theirs
+
+
+def test_on_dense_grids_near_optimal_settings_beat_parabolas_one_size_out(golden: Path, tmp_path: Path) -> None:
+    found, by_size = step_law(golden, tmp_path)
+    near, parabolas = [], []
+    for size, runs in by_size.items():
+        rest = [c for c in found if c.n_params != size]
+        near += regrets(*fit_near_optimal(rest, True), runs)
+        batch = fit_batch(rest)
+        parabolas += regrets(fit_lr(rest, True, batch), batch, runs)
+    print("RR", np.mean(near), np.mean(parabolas))
+    assert np.mean(near) < 0.0012
+    assert np.mean(parabolas) > 0.0016
+
+
+def test_sparse_grids_keep_parabolas(tmp_path: Path) -> None:
+    found = cells(load_runs(lr_sweep(tmp_path / "lr.csv", ray=False)))
+    assert not is_dense(found)
+    lr, batch = fit_laws(found, True)
+    assert batch == fit_batch(found)
+    assert lr == fit_lr(found, True, batch)
+
+
+def test_near_optimal_settings_recover_the_law_of_a_dense_grid(tmp_path: Path) -> None:
+    """Optimum 2·N^−.5·D^.2 and .6·D^.5 at the middle of each cell's 15 × 9 grid; seeds of a setting count once."""
+    rows = [
+        (n, r * n, 2 * n**-0.5 * (r * n) ** 0.2 * 2 ** (i / 4), 0.6 * (r * n) ** 0.5 * 2 ** (j / 2), s,
+         3 * (1 + 0.01 * (i / 4) ** 2 + 0.005 * (j / 2) ** 2))
+        for n in (2e4, 5e4, 1.2e5) for r in (5, 60) for i in range(-7, 8) for j in range(-4, 5) for s in (0, 1)
+    ]  # fmt: skip
+    columns = ["n_params", "n_tokens", "peak_lr", "batch_tokens", "seed", "loss"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "lr.csv", index=False)
+    found = cells(load_runs(tmp_path / "lr.csv"))
+    assert len(found[0].near) == sum(
+        0.01 * (i / 4) ** 2 + 0.005 * (j / 2) ** 2 <= 0.0025 for i in range(-7, 8) for j in range(-4, 5)
+    )
+    lr, batch = fit_near_optimal(found, True)
+    assert (lr.coefficient, lr.n_exponent, lr.d_exponent) == pytest.approx((2, -0.5, 0.2))
+    assert (batch.coefficient, batch.d_exponent) == pytest.approx((0.6, 0.5))
