@@ -229,14 +229,12 @@ def weigh(scores: Mapping[Member, float]) -> dict[Member, float]:
 def form_error(rows: Sequence[BacktestRow], noise: float) -> FormError:
     """Law-form error per e-fold of compute from a backtest: what its mean errors exceed model and run noise by.
 
-    τ² = (prior² + Σ_cuts w (ē² − σ_model² − σ_run²/n)₊ / x̄²) / (1 + Σ w), x̄ the mean extrapolation ln(C/cut), w the
-    recency weights relative to the last cut's.
+    τ² = (prior² + Σ_cuts w (ē² − σ_model² − σ_run²/n) / x̄²)₊ / (1 + Σ w), x̄ the mean extrapolation ln(C/cut), w the
+    recency weights relative to the last cut's. Single terms may be negative: clipping each would count noise as error.
     """
     if not rows:
         return FormError(FormError.PRIOR, 1)
     w = recency(len(rows)) / recency(len(rows)).max()
-    terms = np.array(
-        [max(r.mean_error**2 - r.model_sd**2 - noise**2 / r.n_held_out, 0.0) / r.mean_log_ratio**2 for r in rows]
-    )
-    tau2 = (FormError.PRIOR**2 + w @ terms) / (1 + w.sum())
-    return FormError(float(np.sqrt(tau2)), 1 + len(rows))
+    terms = [(r.mean_error**2 - r.model_sd**2 - noise**2 / r.n_held_out) / r.mean_log_ratio**2 for r in rows]
+    tau2 = (FormError.PRIOR**2 + w @ np.array(terms)) / (1 + w.sum())
+    return FormError(float(np.sqrt(max(tau2, 0.0))), 1 + len(rows))

@@ -50,9 +50,18 @@ class Ensemble:
         return self._weights @ self._each(columns)
 
     def disagreement(self, columns: Columns) -> Floats:
-        """(n,) variance of ln loss between the members, by weight."""
-        each = self._each(columns)
-        return self._weights @ (each - self._weights @ each) ** 2
+        """(n,) variance of ln loss between the members beyond what resampling the runs makes of it.
+
+        Σ_m w_m ((μ_m − μ̄)² − var_draws(μ_m − μ̄))₊: members that differ by noise alone say nothing about the form.
+        """
+        if len(self.members) == 1:
+            return np.zeros(len(next(iter(columns.values()))))
+        each, mean = self._each(columns), self.draws(columns)
+        out = np.zeros(each.shape[1])
+        for m, apart in zip(self.members, each - self._weights @ each, strict=True):
+            by_noise = (log_predictions(m.member.form, m.draws, columns) - mean).var(0)
+            out += m.weight * np.maximum(apart**2 - by_noise, 0.0)
+        return out
 
     def draws(self, columns: Columns) -> Floats:
         """(R, n) ln loss of each resample of the runs."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from analysis.inference.backtest import BASELINE, BacktestRow, Choice, Member, choose, form_error, judge
+from analysis.inference.backtest import BASELINE, EMPHASES, BacktestRow, Choice, Member, choose, form_error, judge
 from analysis.inference.ensemble import Ensemble, backtest_rows, fit_ensemble, summary
 from analysis.inference.isoflop import approaches
 from analysis.inference.points import Points, check_enough, compute_levels, frontier_rows, points, seed_noise
@@ -92,9 +92,10 @@ class FitResult:
     def predict_interval(self, n: ArrayLike, d: ArrayLike, level: float) -> tuple[Floats, Floats]:
         """Central prediction interval of one run's loss at (N, D).
 
-        ln L ± t·√(σ_param² + σ_law² + σ_form² + σ_run²): joint bootstrap of the members' parameters widened by
-        √(n/(n−p)); weighted mean square distance of the members from their mean; law-form error growing with
-        ln(C / largest C), from the backtest; the noise of a single run. t is Student's.
+        ln L ± t·√(σ_param² + σ_law² + σ_form² + σ_run²): joint bootstrap of the members' parameters; distance
+        of the members from their mean beyond what that bootstrap explains; law-form error growing with
+        ln(C / largest C), from the backtest; the noise of a single run. t is Student's, with as many degrees of
+        freedom as there are different runs more than parameters.
 
         Returns:
             lower and upper ends, of the broadcast shape.
@@ -107,8 +108,7 @@ class FitResult:
         """Standard deviation of ln loss of one run at (N, D), all parts."""
         columns = self._columns(n, d)
         deviation = self.ensemble.draws(columns) - self.ensemble.log_loss(columns)
-        widened = self.n_cells / max(self.n_cells - len(self.surface.free), 1)
-        parameter = (deviation**2).mean(0) * widened
+        parameter = (deviation**2).mean(0)
         form = self.form.sd(np.log(columns["flops"] / self.largest_flops))
         variance = parameter + form**2 + self.ensemble.disagreement(columns) + self.run_noise**2
         return np.sqrt(variance).reshape(np.broadcast_shapes(np.shape(n), np.shape(d)))
@@ -116,7 +116,7 @@ class FitResult:
     @property
     def freedom(self) -> int:
         """Degrees of freedom of the interval."""
-        return max(min(self.n_cells - len(self.surface.free), 2 * self.form.freedom), 1)
+        return max(self.n_cells - len(self.surface.free), 1)
 
     def extrapolation_ratio(self, flops: float) -> float:
         """flops over the largest fitted run's."""
@@ -180,7 +180,7 @@ def fit_law(runs: Runs, law: str = "auto", *, draws: int = DRAWS, seed: int = 0,
     values = best.values[0]
     seeds = seed_noise(data)
     ensemble = fit_ensemble(few, choice.weights, max(draws // 5, 2) if law == "auto" else draws, seed)
-    noise = _run_noise(ensemble, few, len(form.free), seeds)
+    noise = _run_noise(ensemble, few, seeds)
     rows = backtest_rows(few, choice, noise)
     sample = bootstrap(form, few, values, draws, seed, robust).values
     named = [form.parameters(v) for v in sample]
@@ -229,12 +229,14 @@ def _reported(choice: Choice, data: Points) -> Law:
     return get_law(max(weight, key=lambda name: weight[name]))
 
 
-def _run_noise(ensemble: Ensemble, data: Points, parameters: int, seeds: float | None) -> float:
-    """The larger of seed noise and the residuals' robust spread (1.4826·median |r|, widened by √(n/(n−p)))."""
-    r = np.log(data.loss) - ensemble.log_loss(data.columns)
-    n = data.n_cells
-    spread = 1.4826 * float(np.median(np.abs(r))) * float(np.sqrt(n / max(n - parameters, 1)))
-    return max(spread, seeds or 0.0, 1e-6)
+def _run_noise(ensemble: Ensemble, data: Points, seeds: float | None) -> float:
+    """The larger of seed noise and the residuals' robust spread, 1.4826·median |r|, larger runs near the envelope counting
+    most: the spread there is what a new run on the frontier will have."""
+    r = np.abs(np.log(data.loss) - ensemble.log_loss(data.columns))
+    order = np.argsort(r)
+    weight = np.cumsum(Member("chinchilla", EMPHASES[1]).weights(data)[order])
+    median = float(r[order][np.searchsorted(weight, weight[-1] / 2)])
+    return max(1.4826 * median, seeds or 0.0, 1e-6)
 
 
 def _warnings(

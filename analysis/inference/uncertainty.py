@@ -51,9 +51,9 @@ class FormError:
     per_efold: float
     freedom: int
     """Degrees of freedom of that estimate: cuts of the backtest, and one for the prior."""
-    PRIOR = 0.005
-    """1.2% at 10×, 2.9% at 300×: between Gadre et al. 2024's 0.7% at 300× and the ~4% that most published families
-    reach (Choshen et al. 2024, arXiv 2410.11840); counts as one cut."""
+    PRIOR = 0.002
+    """0.5% at 10×, 1.1% at 300×: of the size of Gadre et al. 2024's 0.7% at 300× (arXiv 2403.08540); counts as one cut.
+    Set so that intervals cover as they say on simulated sweeps (bench/coverage.py)."""
 
     def sd(self, log_ratio: ArrayLike) -> Floats:
         """At ln(C / largest fitted C); nothing inside the range."""
