@@ -126,12 +126,11 @@ def resolve(
     """Refit under each row of `weights` (R, n), from `start` (p,), the fit of the whole: the bootstrap."""
     problem = _Problem(law, columns, loss)
     p0 = problem.model.inward(start)
-    wide = Robust(robust.name, 10 * robust.delta, robust.above)
     parts = []
     size = max(1, _CHUNK // len(loss))
     for i in range(0, len(weights), size):
         w = weights[i : i + size]
-        parts.append(problem.minimise(np.repeat(p0[None], len(w), 0), w, (wide, robust), _RESAMPLE_TOLERANCE))
+        parts.append(problem.minimise(np.repeat(p0[None], len(w), 0), w, (robust,), _RESAMPLE_TOLERANCE))
     p, f, done = (np.concatenate(a) for a in zip(*parts, strict=True))
     return Solution(problem.model.outward(p), f, done)
 
