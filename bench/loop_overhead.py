@@ -83,7 +83,8 @@ def loop_s(spec: RunSpec) -> tuple[float, float]:
 def measure(spec: RunSpec, corpus: Corpus, seconds: float, repeats: int) -> dict[str, Any]:
     """Both loops in turn, the order changing from pair to pair."""
     loader = Loader(corpus.train, spec.shape.seq_len, spec.batch_tokens, spec.seed)
-    bare_s(spec, [loader.batch(0)])  # the first step ever allocates and picks kernels
+    bare_s(spec, [loader.batch(0)])  # the first step ever allocates, imports and picks kernels
+    loop_s(shortened(spec, CALIBRATION_STEPS, corpus.manifest.digest))
     step_s = bare_s(spec, [loader.batch(step) for step in range(CALIBRATION_STEPS)]) / CALIBRATION_STEPS
     spec = shortened(spec, max(CALIBRATION_STEPS, round(seconds / step_s)), corpus.manifest.digest)
     batches = [loader.batch(step) for step in range(spec.steps)]
