@@ -52,11 +52,18 @@ HUBER_DELTA = HUBER.delta
 
 _SEARCH = 196
 _SEARCH_ROWS = 4_000
-_STARTS = 8
 _CHUNK = 60_000
 _ITERATIONS = 60
+_LAST_STARTS, _LAST_ITERATIONS = 3, 400
+"""Starts that the iterations above left short of a minimum: how many, the best, go on, and for how long."""
+_STILL = 2e-16
+"""Step over parameter below which nothing moves."""
+_EXACT, _NOTHING = 1e-28, 1e-20
+"""F over the sum of weights at which residuals are of machine precision, and at which a fit has nothing left to explain."""
 _RESAMPLE_TOLERANCE = 1e-7
 """First-order decrease over F at which a resample's refit stops: far below the spread between resamples."""
+_OVERFLOWING = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+"""For what tries points that may be far off: a loss that is not finite is not taken."""
 
 
 def get_robust(name: str) -> Robust:
@@ -107,13 +114,17 @@ def solve(
         return Solution(
             problem.model.outward(p), f, done, few.starts, few.starts_agreeing, problem.condition(p, w, robust)
         )
-    starts = problem.starts(w, _STARTS, robust)
+    starts = problem.starts(w, robust)
     if law.nested is not None:
         name, extra = law.nested
         inner = get_law(name)
         within = {**inner.parameters(solve(inner, columns, loss, robust, w).values[0]), **dict(extra)}
         starts = np.vstack([starts, problem.model.inward(law.values(within)[None])])
     p, f, done = problem.minimise(starts, w[None], _stages(robust, problem.spread))
+    late = np.argsort(f, kind="stable")[:_LAST_STARTS]
+    late = late[~done[late]]
+    if len(late):
+        p[late], f[late], done[late] = problem.minimise(p[late], w[None], (robust,), iterations=_LAST_ITERATIONS)
     best = int(np.argmin(f))
     agreeing = int(np.sum(f <= f[best] * (1 + 1e-6) + 1e-15))
     found = problem.model.outward(p[[best]])
@@ -132,6 +143,16 @@ def resolve(
         w = weights[i : i + size]
         parts.append(problem.minimise(np.repeat(p0[None], len(w), 0), w, (robust,), _RESAMPLE_TOLERANCE))
     p, f, done = (np.concatenate(a) for a in zip(*parts, strict=True))
+    return Solution(problem.model.outward(p), f, done)
+
+
+def solve_held(
+    law: Law, columns: Columns, loss: Floats, starts: Floats, index: int, robust: Robust = HUBER
+) -> Solution:
+    """Minima over the other parameters with the one at `index` held at what each start (R, p) has there: a profile."""
+    problem = _Problem(law, columns, loss, index)
+    inner = problem.model.inward(starts)
+    p, f, done = problem.minimise(inner, np.ones((1, len(loss))), (robust,), _RESAMPLE_TOLERANCE)
     return Solution(problem.model.outward(p), f, done)
 
 
@@ -181,16 +202,19 @@ def _residual(law: Law, y: Floats, loss: Floats) -> Floats:
 class _Problem:
     """A law and its data."""
 
-    def __init__(self, law: Law, columns: Columns, loss: Floats) -> None:
-        self.model: Model = law.bind(columns)
+    def __init__(self, law: Law, columns: Columns, loss: Floats, held: int | None = None) -> None:
+        model = law.bind(columns)
+        self.model: Model = model if held is None else model.plain(held)
+        self.held = np.arange(len(law.domain)) == held
         self.domain, self.logs, self.loss = law.domain, law.log_residual, loss
         self.target = np.log(loss) if self.logs else loss
         self.spread = float(np.std(self.target))
         self.lower = np.array([q.low for q in self.domain])
         self.upper = np.array([q.high for q in self.domain])
 
-    def starts(self, weights: Floats, count: int, robust: Robust) -> Floats:
-        """The best `count` points of a search, linear parameters projected out: (count, p)."""
+    @_OVERFLOWING
+    def starts(self, weights: Floats, robust: Robust) -> Floats:
+        """The best points of a search, linear parameters projected out: (starts, p)."""
         vectors, basis, target, precision = self.model.search(_SEARCH, self.loss)
         eliminated = self.model.eliminated
         if len(eliminated):
@@ -199,8 +223,8 @@ class _Problem:
             vectors[:, eliminated] = _project(basis * root[:, None], target * root, signed)
         vectors = np.clip(vectors, self.lower, self.upper)
         f = np.concatenate([self._value(part, weights, robust) for part in np.array_split(vectors, 4)])
-        order = np.argsort(np.where(np.isfinite(f), f, np.inf), kind="stable")[:count]
-        return vectors[order]
+        order = np.argsort(np.where(np.isfinite(f), f, np.inf), kind="stable")
+        return vectors[order[: self.model.starts]]
 
     def _value(self, vectors: Floats, weights: Floats, robust: Robust) -> Floats:
         y = self.model.evaluate(vectors).y
@@ -248,18 +272,21 @@ class _Problem:
         unit = 1 / np.sqrt(np.maximum(np.diag(gram), 1e-300))
         return float(np.linalg.cond(gram * unit[:, None] * unit)) if len(free) else 1.0
 
+    @_OVERFLOWING
     def minimise(
-        self, start: Floats, w: Floats, stages: tuple[Robust, ...], tolerance: float = 1e-14
+        self,
+        start: Floats,
+        w: Floats,
+        stages: tuple[Robust, ...],
+        tolerance: float = 1e-14,
+        iterations: int = _ITERATIONS,
     ) -> tuple[Floats, Floats, np.ndarray]:
         """Projected Levenberg–Marquardt from each start (B, p): parameters, F and convergence at the last stage."""
         p = np.clip(start, self.lower, self.upper)
         w = np.broadcast_to(w, (len(p), len(self.loss)))
-        done = np.zeros(len(p), bool)
-        f = np.full(len(p), np.inf)
-        for stage, robust in enumerate(stages):
-            last = stage == len(stages) - 1
-            p, f, done = self._descend(p, w, robust, _ITERATIONS if last else 6, tolerance if last else 1e-4)
-        return p, f, done
+        for robust in stages[:-1]:
+            p = self._descend(p, w, robust, 6, 1e-4)[0]
+        return self._descend(p, w, stages[-1], iterations, tolerance)
 
     def _descend(
         self, p: Floats, w: Floats, robust: Robust, iterations: int, tolerance: float
@@ -270,29 +297,30 @@ class _Problem:
         active = np.arange(len(p))
         state = self.evaluate(p, w, robust)
         damping = np.full(len(p), 1e-3)
+        total = w.sum(1)
         for _ in range(iterations):
             f, g, h, scale = state
             x = p[active]
-            blocked = ((x <= self.lower) & (g > 0)) | ((x >= self.upper) & (g < 0))
+            blocked = ((x <= self.lower) & (g > 0)) | ((x >= self.upper) & (g < 0)) | self.held
             step = _damped_step(g, h, scale, damping, blocked)
             gain = -np.einsum("bp,bp->b", g, step)  # first-order decrease, twice a Newton step's
             trial = np.clip(x + step, self.lower, self.upper)
             new = self.evaluate(trial, w[active], robust)
-            better = new[0] <= f
+            better = (new[0] <= f) & np.isfinite(new[0]) & np.isfinite(new[2]).all((1, 2))
             small = (np.abs(gain) <= tolerance * (f + 1e-300)) & (better | (damping > 1e6))
-            stuck = damping > 1e12
+            stuck = (damping > 1e12) | (np.abs(trial - x) <= _STILL * np.abs(x)).all(1)
             p[active[better]] = trial[better]
             state = _select(better, new, state)
             damping = np.where(better, damping * 0.1, damping * 8).clip(1e-12)
             out_f[active] = state[0]
-            finished = small | stuck
+            finished = small | stuck | (state[0] <= _EXACT * total[active])
             done[active[finished]] = True
             if finished.all():
                 break
             keep = ~finished
             active, damping = active[keep], damping[keep]
             state = (state[0][keep], state[1][keep], state[2][keep], state[3][keep])
-        return p, out_f, done
+        return p, out_f, (done & np.isfinite(out_f)) | (out_f <= _NOTHING * total)
 
 
 State = tuple[Floats, Floats, Floats, Floats]

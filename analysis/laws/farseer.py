@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.laws.law import Columns, Evaluation, Floats, Law, Model, Parameter
+from analysis.laws.law import Columns, Evaluation, Floats, Law, Model, Parameter, spread
 
 _SMALL = 1e-6
 """Least |p| of a power N^p: below, a curve is a straight line in ln N, whose a and b would be infinite."""
 _STEEPEST, _HIGHEST = 5.0, 20.0
 """Largest ln of the exponent of D and ln of a term of the loss: what keeps a trial step finite."""
+
+_SEARCHED = (
+    Parameter("alpha", start=(0.05, 1.0)),
+    Parameter("beta", start=(0.05, 1.0)),
+    Parameter("exponent_slope", start=(-0.15, 0.15)),
+    Parameter("data_slope", start=(-0.2, 0.2)),
+)
+"""What the starts differ in: exponents of N in the floor and of D at N0, slopes in ln N of the latter's ln and of the data term's."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class FarseerLaw(Law):
 class FarseerModel(Model):
     """Centred: (s, v, p) of each curve, those of the second being value and slope of ln e^(…)·D^(…) at N0, D0; else (a, b, p)."""
 
+    starts = 32
+
     def __init__(self, domain: tuple[Parameter, ...], columns: Columns, centre: bool) -> None:
         self.domain, self.centred = domain, centre
         log_n, self.log_d = np.log(columns["n_params"]), np.log(columns["n_tokens"])
@@ -72,6 +83,13 @@ class FarseerModel(Model):
             power = out[..., k + 2] = np.where(np.abs(power) < _SMALL, np.copysign(_SMALL, power), power)
             out[..., k] = slope / power * np.exp(-power * self.log_n0)
             out[..., k + 1] -= slope / power
+        return out
+
+    def plain(self, index: int) -> Model:
+        if index % 3 == 2:
+            return self
+        out = copy(self)
+        out.x, out.log_n0, out.log_d0, out.centred = self.x + self.log_n0, 0.0, 0.0, False
         return out
 
     def _shifted(self, curves: Floats, sign: float) -> Floats:
@@ -110,21 +128,21 @@ class FarseerModel(Model):
         return second + first * rise, np.stack([rise, np.ones_like(px), first * bend], axis=1)
 
     def search(self, count: int, loss: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-        """From Chinchilla's form, which is nearly of this one: the floor E + A/N^α by its value, slope and bend at N0."""
-        side = round(count**0.5)
-        alpha, beta = (g.ravel() for g in np.meshgrid(*[np.geomspace(0.05, 1.0, side)] * 2))
-        z = self.log_d - self.log_d0
-        basis = np.stack(
-            np.broadcast_arrays(1.0, np.exp(-alpha[:, None] * self.x), np.exp(-beta[:, None] * z)), axis=1
-        )
+        """The floor from Chinchilla's E + A/N^α by its value, slope and bend at N0; E, A and the data term's size are linear."""
+        table = spread(_SEARCHED, 4 * count)
+        alpha, beta = table[:, 0], table[:, 1]
+        vectors = np.zeros((len(table), 9))
+        vectors[:, 0], vectors[:, 1], vectors[:, 3] = table[:, 2], np.log(beta), table[:, 3]
+        vectors[:, 2] = vectors[:, 5] = 0.1
+        vectors[:, 7] = -np.inf
+        data = self.evaluate(vectors).y
+        basis = np.stack(np.broadcast_arrays(1.0, np.exp(-alpha[:, None] * self.x), data), axis=1)
         relative = basis / loss
         gram = np.matmul(relative, relative.transpose(0, 2, 1))
         gram += 1e-9 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(3)
         e, a, b = np.maximum(np.linalg.solve(gram, relative.sum(2)[:, :, None])[:, :, 0], 1e-3 * loss.min()).T
-        vectors = np.zeros((len(alpha), 9))
-        vectors[:, 1], vectors[:, 4], vectors[:, 7] = np.log(beta), np.log(b), np.log(e + a)
+        vectors[:, 4], vectors[:, 7] = np.log(b), np.log(e + a)
         vectors[:, 6] = -alpha * a / (e + a)
         vectors[:, 8] = -alpha * e / (e + a)
-        vectors[:, 2] = vectors[:, 5] = 0.1
         none = np.empty((len(alpha), 0, len(loss)))
         return vectors, none, np.empty((len(alpha), len(loss))), np.empty((len(alpha), len(loss)))

@@ -77,6 +77,8 @@ class Model(ABC):
     """A law beside n rows of data. Vectors are in the model's own coordinates, in the order of law.domain."""
 
     domain: tuple[Parameter, ...]
+    starts: int = 8
+    """How many points of its search a fit descends from: more where there are more minima."""
 
     @property
     def eliminated(self) -> np.ndarray:
@@ -98,6 +100,10 @@ class Model(ABC):
     def outward(self, vectors: Floats) -> Floats:
         """The model's coordinates (…, p) as the law's parameters."""
         return vectors
+
+    def plain(self, index: int) -> Model:
+        """The model in coordinates of which the one at `index` is the law's own parameter, so that it can be held."""
+        return self
 
     def search(self, count: int, loss: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """Where a fit may start: about `count` vectors whose linear part is still to be found.
@@ -279,6 +285,8 @@ class FormulaLaw(Law):
 
 
 class _FormulaModel(Model):
+    starts = 32
+
     def __init__(
         self,
         domain: tuple[Parameter, ...],
@@ -290,6 +298,10 @@ class _FormulaModel(Model):
     def evaluate(self, vectors: Floats) -> Evaluation:
         y, jacobian = self.function(vectors, self.columns)
         return Evaluation(y, jacobian)
+
+    def search(self, count: int, loss: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+        """Four times as dense: kinks and breaks make narrow valleys."""
+        return super().search(4 * count, loss)
 
 
 @dataclass(frozen=True)
@@ -338,7 +350,7 @@ class _RestrictedModel(Model):
     """values of the base = offset + map · free values."""
 
     def __init__(self, law: RestrictedLaw, base: Model) -> None:
-        self.domain, self.base = law.domain, base
+        self.domain, self.base, self.starts = law.domain, base, base.starts
         names, free, held = law.base.free, law.free, dict(law.fixed)
         self.offset, self.map = np.zeros(len(names)), np.zeros((len(names), len(free)))
         for i, name in enumerate(names):

@@ -7,6 +7,7 @@ Bound to data, log variables are centred: a coefficient is then its term's size 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -118,6 +119,18 @@ class SurfaceModel(Model):
         k, m = self.k, self.m
         scale = np.exp(sign * ((p[..., None, k : k + m] * self.centre).sum(-1) + self.held_centre))
         return np.concatenate([p[..., :k] * scale, p[..., k:]], axis=-1)
+
+    def plain(self, index: int) -> Model:
+        if index >= self.k:
+            return self
+        out = copy(self)
+        out.z, out.centre, out.held_centre = self.z.copy(), self.centre.copy(), self.held_centre.copy()
+        out.z[index] += self.centre[index][:, None]
+        if self.held is not None:
+            out.held = self.held.copy()
+            out.held[index] += self.held_centre[index]
+        out.centre[index] = out.held_centre[index] = 0.0
+        return out
 
     def _phi(self, theta: Floats) -> Floats:
         exponent = np.tensordot(theta, self.z, axes=([1], [1]))
