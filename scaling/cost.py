@@ -83,12 +83,13 @@ def training_cost(
 
 
 def run_seconds(spec: RunSpec, device: Device, devices: int = 1) -> float:
-    """Rough seconds of one run, evaluation and start-up included.
+    """Rough seconds of one run, evaluation and start-up included; of a branch, those after its branch point.
 
     On a CPU core the small models of a sweep reach 50 GFLOP/s · w/(w + 40), counting 6·N·D with body and head: measured
     20 at width 32, 30 to 45 for widths 48 to 128; element-wise work and overhead dominate below.
     """
-    compute = 6.0 * spec.params.body_head * spec.tokens + spec.eval_flops * spec.eval.points
+    whole = 6.0 * spec.params.body_head * spec.tokens + spec.eval_flops * spec.eval.points
+    compute = whole * spec.trained_tokens / spec.tokens
     if device.name == "cpu":
         return 0.5 + compute / (50e9 * spec.shape.width / (spec.shape.width + 40)) / devices
     return 5.0 + compute / (TYPICAL_MFU * device.peak(spec.precision)) / devices

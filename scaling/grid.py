@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from scaling import compose
 from scaling.accounting import count_params, flops_per_token
+from scaling.branches import plan_branches
 from scaling.config import from_dict
 from scaling.errors import InputError
 from scaling.recipe import Recipe, recipe_from_dict
@@ -49,10 +50,16 @@ class SweepSettings:
     """Every run's FLOPs times this: width times its fourth root, tokens (where they are given) times its square root."""
     seed_offset: int = 0
     """Added to every run's seed: another draw of the whole grid."""
+    branches: bool = False
+    """Runs that differ in length alone share a trunk: its stable phase is trained once. Needs a WSD schedule."""
+    trunk_tokens_per_param: float = 20.0
+    """With branches the recipe is asked at D = this times N (body and head), whatever a run's own length: runs of one
+    trunk have one learning rate, batch and warm-up, also those that are added later."""
 
     def __post_init__(self) -> None:
-        if not self.compute_scale > 0:
-            raise InputError(f"sweep.compute_scale = {self.compute_scale}: must be positive")
+        for name in ("compute_scale", "trunk_tokens_per_param"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"sweep.{name} = {getattr(self, name)}: must be positive")
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class RunSettings:
     tokens: float | None = None
     flops: float | None = None
     tokens_per_param: float | None = None
+    recipe_tokens_per_param: float | None = None
 
     def scaled(self, scale: float) -> RunSettings:
         """The same point at `scale` times the compute: N and D each by its square root."""
@@ -105,6 +113,7 @@ def make_run(
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
     divergence_factor: float = 2.0,
+    recipe_tokens_per_param: float | None = None,
 ) -> RunSpec:
     """The run of this width and budget, with the recipe's hyperparameters.
 
@@ -114,6 +123,7 @@ def make_run(
         recipe: sets peak_lr, batch_tokens, warmup_tokens, weight_decay and beta2.
         optim: its other fields; those that the recipe sets are replaced.
         schedule: its other fields; warmup_tokens is replaced.
+        recipe_tokens_per_param: D / N (body and head) at which the recipe is asked; None: at the run's own.
     Returns:
         A spec whose tokens are the budget's, rounded to whole batches.
     Raises:
@@ -127,7 +137,8 @@ def make_run(
         "flops": lambda v: v / per_token,
         "tokens_per_param": lambda v: v * params.body_head,
     }[budget[0]](budget[1])
-    hyper = recipe.hyperparameters(params, wanted, wanted * per_token, shape)
+    asked = wanted if recipe_tokens_per_param is None else recipe_tokens_per_param * params.body_head
+    hyper = recipe.hyperparameters(params, asked, asked * per_token, shape)
     steps = round(wanted / hyper.batch_tokens)
     if steps < 1:
         raise InputError(
@@ -243,10 +254,19 @@ def expand_grid(overrides: Sequence[str]) -> GridRuns:
             point = [text for text in listed if compose.parse_override(text).key_or_group not in named]
             for chosen in compose.expand(point):
                 settings = run_settings(compose.load("sweep", [*base, *product, *chosen])).scaled(sweep.compute_scale)
-                settings = dataclasses.replace(settings, seed=settings.seed + sweep.seed_offset)
+                settings = dataclasses.replace(
+                    settings,
+                    seed=settings.seed + sweep.seed_offset,
+                    recipe_tokens_per_param=sweep.trunk_tokens_per_param if sweep.branches else None,
+                )
                 spec = settings.run()
                 specs.setdefault(spec.run_id, spec)
-                hyper = settings.recipe.hyperparameters(spec.params, spec.tokens, spec.flops, spec.shape)
+                share = (settings.recipe_tokens_per_param or 0) * spec.params.body_head / spec.tokens or 1.0
+                hyper = settings.recipe.hyperparameters(
+                    spec.params, share * spec.tokens, share * spec.flops, spec.shape
+                )
                 if hyper.note:
                     notes[hyper.note] = None
-    return GridRuns(grid, config, sweep, run_settings(config), list(specs.values()), list(notes))
+    runs = list(specs.values())
+    runs = plan_branches(runs) if sweep.branches else runs
+    return GridRuns(grid, config, sweep, run_settings(config), runs, list(notes))

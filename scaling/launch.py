@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from scaling.branches import with_digest
 from scaling.config import from_dict, to_dict
 from scaling.cost import run_seconds
 from scaling.errors import InputError
@@ -98,7 +99,7 @@ def launch(
             first = grid.specs[0]
             manifest = planned_corpus(sweep, first) or prepare_corpus(first.data, first.shape.vocab_size)
             check_epochs(grid.specs, manifest)
-            specs = [spec.with_digest(manifest.digest) for spec in grid.specs]
+            specs = with_digest(grid.specs, manifest.digest)
             with _launcher_lock(sweep):
                 with _file_errors():
                     write_plan(sweep, grid, specs, manifest, overrides)

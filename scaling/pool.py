@@ -127,10 +127,24 @@ class WorkerPool:
             run = self.open[run_id]
             run.write_failure(run.last_attempt(), reason)
         self.failed[run_id] = reason
+        for branch, run in self.open.items():
+            if branch not in self.failed and run.waits_for() == run_id:
+                self._give_up(branch, f"its trunk {run_id} failed: {reason}", write=True)
+
+    def _unclaimed(self) -> list[str]:
+        """The runs that a worker could take now: neither done, given up nor held, and no branch whose trunk is to come."""
+        return [
+            run_id
+            for run_id, run in self.open.items()
+            if run_id not in self.failed
+            and not run.record_json.exists()
+            and not run.is_leased()
+            and run.waits_for() not in self.open
+        ]
 
     def _count_idle_exit(self, worker: _Worker, status: int) -> None:
         """A worker ended and had no run: normal when none was left to claim, else it could not start."""
-        if status == 0 and all(run.record_json.exists() or run.is_leased() for run in self.open.values()):
+        if status == 0 and not self._unclaimed():
             return
         self._idle_exits += 1
         lines = worker.log.read_text(errors="replace").strip().splitlines()
@@ -145,11 +159,7 @@ class WorkerPool:
         free = [slot for slot in range(self._size) if slot not in self._workers]
         if not free or time.monotonic() - self._spawned_s < RESPAWN_S:
             return
-        waiting = [
-            run_id
-            for run_id, run in self.open.items()
-            if run_id not in self.failed and not run.record_json.exists() and not run.is_leased()
-        ]
+        waiting = self._unclaimed()
         if not waiting:
             return
         holders = {run.holder() for run in self.open.values()}

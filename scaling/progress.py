@@ -21,13 +21,13 @@ class Progress:
     def __init__(self, sweep: SweepDir, specs: Sequence[RunSpec]) -> None:
         self._runs = {spec.run_id: (spec, sweep.run(spec.run_id)) for spec in specs}
         self._ended = {run_id for run_id, (_, run) in self._runs.items() if run.record_json.exists()}
-        total = sum(spec.flops for spec in specs)
-        initial = sum(self._runs[run_id][0].flops for run_id in self._ended)
+        total = sum(spec.bought_flops for spec in specs)
+        initial = sum(self._runs[run_id][0].bought_flops for run_id in self._ended)
         if self._ended:
             print(f"{len(self._ended)} of {len(specs)} runs are done already", file=sys.stderr)
         self._bar = tqdm(total=total, initial=initial, unit="FLOP", unit_scale=True, disable=None, smoothing=0.1)
         self._read_s, self._start_s = 0.0, time.monotonic()
-        self._start_tokens = self._tokens = sum(self._runs[run_id][0].tokens for run_id in self._ended)
+        self._start_tokens = self._tokens = sum(self._runs[run_id][0].trained_tokens for run_id in self._ended)
 
     def __enter__(self) -> Progress:
         return self
@@ -51,11 +51,11 @@ class Progress:
                 self._ended.add(run_id)
                 self._say(run_id)
             if run_id in self._ended:
-                seen = spec.tokens
+                seen = spec.trained_tokens
             else:
                 rows = run.metrics() if not self._bar.disable and run.last_attempt() else []
-                seen = rows[-1]["tokens"] if rows else 0
-            flops += spec.flops * seen / spec.tokens
+                seen = max(0, rows[-1]["tokens"] - spec.tokens + spec.trained_tokens) if rows else 0
+            flops += spec.bought_flops * seen / spec.trained_tokens
             tokens += seen
         if not self._bar.disable:
             rate = max(0, tokens - self._start_tokens) / max(now - self._start_s, 1e-9)

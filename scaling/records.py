@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from scaling.accounting import training_flops
 from scaling.config import canonical_json, from_dict, to_dict
 from scaling.errors import InputError
 from scaling.files import read_versioned, write_json, write_json_once
@@ -69,11 +70,11 @@ class RunRecord:
     epochs: float
     """Training tokens over the corpus's training tokens."""
     wall_s: float
-    """Seconds in the training loop over all attempts, evaluation and checkpoints included."""
+    """Seconds in the training loop over all attempts, evaluation and checkpoints included; its trunk's are not."""
     train_s: float
     """Seconds in training steps alone."""
     tokens_per_s: float
-    """Training tokens over train_s."""
+    """Training tokens over train_s, of the steps that this run trained itself."""
     mfu: float | None
     """Exact FLOPs per second over the device's peak; None where the peak is not known."""
     attempts: int
@@ -84,6 +85,13 @@ class RunRecord:
     """Git commit of the code, with "+dirty" when the work tree was changed; None outside a clone."""
     reason: str | None = None
     """Why the run diverged or failed, one line."""
+    start_step: int = 0
+    """The step of its trunk that the run started from: those before were bought with the trunk; 0: trained all itself."""
+
+    @property
+    def bought_flops(self) -> float:
+        """Exact FLOPs of the steps that this run trained itself."""
+        return training_flops(self.spec.shape, self.tokens - self.start_step * self.spec.batch_tokens)
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from scaling.errors import InputError
 from scaling.spec import RunSpec, ScheduleSpec
 
 
@@ -31,6 +32,23 @@ def lr_factor(schedule: ScheduleSpec, tokens: float, total_tokens: float) -> flo
     else:
         falling = 1.0 - x
     return schedule.final_lr_ratio + (1.0 - schedule.final_lr_ratio) * falling
+
+
+def branch_step(spec: RunSpec) -> int:
+    """The last step at or before which the learning rate does not depend on the run's length: a branch starts there.
+
+    Of a WSD run the end of its stable phase: ⌊max(warmup_tokens, (1 − decay_fraction)·D) / batch_tokens⌋, and before the last step.
+
+    Raises:
+        InputError: another schedule, whose learning rate depends on the length from the warm-up on.
+    """
+    if spec.schedule.kind != "wsd":
+        raise InputError(
+            f"schedule={spec.schedule.kind}: cool-downs branch off a constant learning rate: use schedule=wsd, or "
+            "train the runs separately (sweep.branches=false)"
+        )
+    stable = max(float(spec.schedule.warmup_tokens), spec.tokens * (1.0 - spec.schedule.decay_fraction))
+    return min(int(stable // spec.batch_tokens), spec.steps - 1)
 
 
 def learning_rates(spec: RunSpec) -> list[float]:

@@ -128,10 +128,13 @@ class RunSpec:
     precision: Literal["fp32", "bf16"] = "fp32"
     divergence_factor: float = 2.0
     """Stop as diverged when the smoothed training loss exceeds this times its running minimum."""
-    parent_run_id: str | None = field(default=None, metadata={"absent": None})
-    """A branch: the trunk run it starts from."""
-    parent_step: int | None = field(default=None, metadata={"absent": None})
-    """A branch: the trunk's step it starts from."""
+    parent_run_id: str | None = field(default=None, metadata=HOST)
+    """A branch: the run whose checkpoint it starts from. Up to parent_step both are the same run, bit for bit, so the
+    parent saves steps and decides nothing: a branch and the same run trained from its first step have one run_id."""
+    parent_step: int | None = field(default=None, metadata=HOST)
+    """A branch: the parent's step it starts from."""
+    keep_steps: tuple[int, ...] = field(default=(), metadata=HOST)
+    """A trunk: steps whose checkpoints are kept for good, because branches start there."""
     contract: int = CODE_CONTRACT
 
     def __post_init__(self) -> None:
@@ -151,6 +154,14 @@ class RunSpec:
             )
         if self.divergence_factor <= 1:
             raise InputError(f"divergence_factor = {self.divergence_factor}: must be above 1")
+        if (self.parent_run_id is None) != (self.parent_step is None):
+            raise InputError(
+                f"parent_run_id = {self.parent_run_id} with parent_step = {self.parent_step}: a branch has both, "
+                "another run neither"
+            )
+        for step in (*self.keep_steps, *([] if self.parent_step is None else [self.parent_step])):
+            if not 0 < step < self.steps:
+                raise InputError(f"branch point {step}: must be within the run, from 1 to {self.steps - 1}")
         if self.contract != CODE_CONTRACT:
             raise InputError(
                 f"this run was planned for code contract {self.contract}, this code trains contract {CODE_CONTRACT}: "
@@ -163,6 +174,11 @@ class RunSpec:
         return self.tokens // self.batch_tokens
 
     @property
+    def trained_tokens(self) -> int:
+        """Tokens that this run itself reads: a branch those after its branch point, another run all."""
+        return self.tokens - (self.parent_step or 0) * self.batch_tokens
+
+    @property
     def params(self) -> ParamCount:
         """Parameters by group."""
         return count_params(self.shape)
@@ -171,6 +187,11 @@ class RunSpec:
     def flops(self) -> float:
         """Exact training FLOPs (causal attention), forward and backward, without evaluation."""
         return training_flops(self.shape, self.tokens)
+
+    @property
+    def bought_flops(self) -> float:
+        """Exact FLOPs of the steps that this run itself trains: the trunk's steps are counted in the trunk."""
+        return training_flops(self.shape, self.trained_tokens)
 
     @property
     def eval_flops(self) -> float:

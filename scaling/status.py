@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ A committed sweep, whose run folders are not there, is read from its runs.csv.
 
 
 def sweep_status(sweep: SweepDir) -> dict[str, Any]:
-    """{"done", "diverged", "failed", "running", "pending", "total", "runs": [one object a run]}.
+    """{"done", "diverged", "failed", "running", "pending", "total", "flops_bought", "runs": [one object a run]}.
+
+    flops_bought: exact FLOPs trained so far, a trunk's once; of a run those after its branch point.
 
     Raises:
         InputError: no plan there, or one of a newer schema.
@@ -31,7 +34,12 @@ def sweep_status(sweep: SweepDir) -> dict[str, Any]:
     rows = {} if sweep.runs.exists() else read_runs_csv(sweep)
     runs = [_run(sweep, spec, rows.get(spec.run_id)) for spec in plan.runs]
     counts = Counter(run["state"] for run in runs)
-    return {**{state: counts[state] for state in get_args(RunState)}, "total": len(runs), "runs": runs}
+    return {
+        **{state: counts[state] for state in get_args(RunState)},
+        "total": len(runs),
+        "flops_bought": math.fsum(run["flops_bought"] for run in runs),
+        "runs": runs,
+    }
 
 
 def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str, Any]:
@@ -43,6 +51,7 @@ def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str
         "n_params": spec.params.body_head,
         "n_tokens": spec.tokens,
         "flops": spec.flops,
+        "flops_bought": 0.0,
         "seed": spec.seed,
         "state": "pending",
         "progress": 0.0,
@@ -53,6 +62,7 @@ def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str
     if row:
         out["state"] = "done" if row["status"] == "ok" else row["status"]
         out["progress"] = 1.0 if row["status"] == "ok" else 0.0
+        out["flops_bought"] = spec.bought_flops * out["progress"]
         out["loss"] = float(row["loss"]) if row["loss"] else None
         out["wall_s"] = float(row["wall_s"]) if row["wall_s"] else None
         out["reason"] = row["reason"] or None
@@ -62,11 +72,12 @@ def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str
     record = run.record()
     if record:
         out |= {"loss": record.loss, "wall_s": record.wall_s, "reason": record.reason}
-        out["progress"] = record.tokens / spec.tokens
+        out |= {"progress": record.tokens / spec.tokens, "flops_bought": record.bought_flops}
     elif run.last_attempt():
         rows = run.metrics()
         failure = run.failure() if out["state"] == "failed" else None
         out["progress"] = rows[-1]["tokens"] / spec.tokens if rows else 0.0
+        out["flops_bought"] = max(0.0, spec.flops * (out["progress"] - 1) + spec.bought_flops)
         out["reason"] = failure["reason"] if failure else None
     return out
 
@@ -75,7 +86,7 @@ def describe(status: dict[str, Any]) -> str:
     """A table for a reader."""
     heading = ("run", "width", "depth", "D", "FLOPs", "seed", "state", "%", "loss", "time", "")
     counts = ", ".join(f"{status[state]} {state}" for state in get_args(RunState) if status[state])
-    return f"{table([heading, *map(_row, status['runs'])])}\n{status['total']} runs: {counts}"
+    return f"{table([heading, *map(_row, status['runs'])])}\n{status['total']} runs: {counts}; {status['flops_bought']:.3g} FLOPs bought"
 
 
 def _row(run: dict[str, Any]) -> tuple[str, ...]:

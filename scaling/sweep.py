@@ -32,6 +32,7 @@ examples:
   python -m scaling.sweep +grid=demo                             trains it into sweeps/demo
   python -m scaling.sweep +grid=demo sweep.compute_scale=3        every run at three times the compute
   python -m scaling.sweep model.width=24,32,48 flops=1e11 sweep.dir=sweeps/mine     a grid of one's own
+  python -m scaling.sweep +grid=isoflop sweep.branches=true       lengths of one size cool down from one trunk
   python -m scaling.sweep +grid=lr data=text "data.path='texts/**/*.txt'"           on one's own text
 
 A setting with several values (a,b,c) is an axis; a setting on the command line wins over the grid's.
@@ -89,18 +90,34 @@ def describe(runs: GridRuns, device_name: str, workers: int, lines: bool) -> str
     """
     device = find_device(device_name)
     seconds = [run_seconds(spec, device) for spec in runs.specs]
+    bought, separately = (math.fsum(getattr(s, name) for s in runs.specs) for name in ("bought_flops", "flops"))
+    saved = f" ({separately:.3g} without trunks: ×{separately / bought:.2f})" if bought < separately else ""
     total = (
-        f"{runs.grid.name}: {len(runs.specs)} runs, {sum(s.flops for s in runs.specs):.3g} FLOPs, "
-        f"{sum(s.tokens for s in runs.specs):,} tokens; about {readable_time(math.fsum(seconds))} of one {device.name}"
+        f"{runs.grid.name}: {len(runs.specs)} runs, {bought:.3g} FLOPs{saved}, "
+        f"{sum(s.trained_tokens for s in runs.specs):,} tokens; about {readable_time(math.fsum(seconds))} of one {device.name}"
         f"{' core' if device.name == 'cpu' else ''}, {readable_time(pool_seconds(seconds, workers))} with {workers} at once"
     )
     if not lines:
         return total
-    heading = ("run", "width", "depth", "N", "D", "D/N", "batch", "steps", "peak LR", "FLOPs", "time", "seed")
+    heading = (
+        "run",
+        "width",
+        "depth",
+        "N",
+        "D",
+        "D/N",
+        "batch",
+        "steps",
+        "peak LR",
+        "FLOPs",
+        "bought",
+        "time",
+        "seed",
+    )
     rows = [
         _row(number, spec, time_s) for number, (spec, time_s) in enumerate(zip(runs.specs, seconds, strict=True), 1)
     ]
-    return f"{table([heading, *rows])}\nN: body and head; FLOPs: exact, forward and backward\n{total}"
+    return f"{table([heading, *rows])}\nN: body and head; FLOPs: exact, forward and backward; bought: those after the trunk\n{total}"
 
 
 def _row(number: int, spec: RunSpec, time_s: float) -> tuple[str, ...]:
@@ -116,6 +133,7 @@ def _row(number: int, spec: RunSpec, time_s: float) -> tuple[str, ...]:
         f"{spec.steps:,}",
         f"{spec.optim.peak_lr:.4g}",
         f"{spec.flops:.3g}",
+        f"{spec.bought_flops:.3g}",
         readable_time(time_s),
         str(spec.seed),
     )

@@ -3,7 +3,7 @@
 SWEEP/plan.json  runs.csv  README.md  launcher.lock
 SWEEP/runs/RUN_ID/spec.json
                   attempts/0001/lease.json metrics.jsonl log.txt failure.json    one folder an attempt, the highest owns the run
-                  checkpoints/
+                  checkpoints/      step-N.pt the newest; step-N.keep.pt where branches start
                   metrics.jsonl     the attempts' metrics merged, written when the run ends
                   record.json       last; its presence means done
 """
@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,9 @@ from scaling.records import Plan, RunRecord
 from scaling.spec import RunSpec
 
 RunState = Literal["done", "diverged", "failed", "running", "pending"]
+
+KEPT = ".keep.pt"
+"""Ending of a checkpoint that stays, because branches start there."""
 
 LAUNCH_VARIABLE = "ISOFLOP_LAUNCH"
 """Environment variable by which a launcher's workers know their launch: failures are counted by launch."""
@@ -112,6 +115,26 @@ class RunDir:
     def spec(self) -> RunSpec:
         """Read spec.json."""
         return RunSpec.from_dict(read_json(self.spec_json, "run spec"))
+
+    @cached_property
+    def branch_point(self) -> tuple[RunDir, int] | None:
+        """The folder of the run that this one branches off, and the step at which; None of a run that is no branch."""
+        spec = self.spec()
+        if spec.parent_run_id is None or spec.parent_step is None:
+            return None
+        return self.sibling(spec.parent_run_id), spec.parent_step
+
+    def sibling(self, run_id: str) -> RunDir:
+        """The folder of another run of the sweep."""
+        return RunDir(self.path.with_name(run_id))
+
+    def waits_for(self) -> str | None:
+        """The trunk's run id while it has neither come to this branch's point nor ended; else None."""
+        if self.record_json.exists() or self.branch_point is None:
+            return None
+        trunk, step = self.branch_point
+        there = (trunk.checkpoints / f"step-{step:09d}{KEPT}").exists() or trunk.record_json.exists()
+        return None if there else trunk.path.name
 
     def record(self) -> RunRecord | None:
         """The record of a finished run, or None."""
@@ -214,7 +237,10 @@ class RunDir:
         return lease
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The run's metrics by step: the merged file, or the attempts' so far, the last row of a step winning."""
+        """The run's metrics by step: the merged file, or the attempts' so far, the last row of a step winning.
+
+        A branch's begin with its trunk's, so that they are those of a run trained from its first step.
+        """
         if self.metrics_jsonl.exists():
             return read_json_lines(self.metrics_jsonl)
         rows: dict[int, dict[str, Any]] = {}
@@ -223,7 +249,10 @@ class RunDir:
             if new:  # an attempt that resumed does again what its predecessor did after the checkpoint
                 rows = {step: row for step, row in rows.items() if step < new[0]["step"]}
             rows.update({row["step"]: row for row in new})
-        return [rows[step] for step in sorted(rows)]
+        own = [rows[step] for step in sorted(rows)]
+        if not own or own[0]["step"] == 1 or self.branch_point is None:
+            return own
+        return [row for row in self.branch_point[0].metrics() if row["step"] < own[0]["step"]] + own
 
     def merge_metrics(self) -> None:
         """Write metrics.jsonl from the attempts' metrics."""

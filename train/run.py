@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
 def work(sweep: SweepDir, run_ids: list[str], host: object, max_attempts: int) -> bool:
     """Train the runs that nobody else has taken, one after another, until none is left to take.
 
+    A branch is left alone while one of these runs, its trunk, has not come to the branch point.
     A run that raises leaves `failure.json` in its attempt's folder and is tried again, max_attempts times in a launch.
 
     Returns:
@@ -80,7 +81,7 @@ def work(sweep: SweepDir, run_ids: list[str], host: object, max_attempts: int) -
             tried = max(failures.get(run_id, 0), run.failures(launch) if launch else 0)
             if tried >= max_attempts:
                 continue
-            lease = run.acquire()
+            lease = None if run.waits_for() in run_ids else run.acquire()
             if lease is None:
                 continue
             progress = True

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from scaling.accounting import FLOPS_CONVENTIONS, PARAMS_CONVENTIONS, training_flops
+from scaling.branches import check_branch
 from scaling.errors import InputError
 from scaling.hardware import match_device
 from scaling.provenance import git_commit, versions
@@ -61,7 +62,9 @@ class Progress:
     """The loop's own counters; a checkpoint carries them, so that a resumed run ends with the same record."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Optimizer steps done, a branch's trunk's included."""
+    start_step: int = 0
+    """The trunk's step that a branch started from; 0: trained from its first step."""
     smooth_loss: float | None = None
     lowest_loss: float = math.inf
     tail_loss: float = 0.0
@@ -109,6 +112,39 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"])
+
+    def branch_off(self, run: RunDir) -> None:
+        """A branch starts where its trunk was at the branch point, or at an earlier point that was kept, or at step 0.
+
+        Args:
+            run: the branch's folder, beside its trunk's.
+        Raises:
+            InputError: the trunk is another run in more than its length.
+            Diverged: the trunk did, before the branch point.
+        """
+        spec, step = self.spec, self.spec.parent_step
+        if spec.parent_run_id is None or step is None:
+            return
+        trunk = run.sibling(spec.parent_run_id)
+        record = trunk.record()
+        if trunk.spec_json.exists():
+            check_branch(spec, trunk.spec())
+        if record is not None and record.status == "diverged" and record.tokens <= step * spec.batch_tokens:
+            self.progress.step = self.progress.start_step = record.tokens // spec.batch_tokens
+            raise Diverged(f"its trunk {record.run_id} diverged: {record.reason}")
+        state = checkpoint.load_kept(trunk.checkpoints, step)
+        if state is None:
+            print(
+                f"run {spec.run_id}: its trunk {trunk.path.name} has no checkpoint at step {step} or before: "
+                "training it from its first step",
+                file=sys.stderr,
+            )
+            return
+        self.load_state_dict({**state, "run_id": spec.run_id})
+        p = self.progress
+        p.start_step, p.train_s, p.wall_s = p.step, 0.0, 0.0
+        tail = spec.steps - self.tail_steps
+        p.tail_loss = sum(row["train_loss"] for row in trunk.metrics() if tail < row["step"] <= p.step)
 
     def step(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> dict[str, float]:
         """One optimizer step on one batch. Returns the mean training loss, the gradient norm and the learning rate."""
@@ -219,6 +255,8 @@ def _train(spec: RunSpec, run: RunDir, host: Host, lease: Lease) -> RunRecord:
     loss = None
     with contextlib.closing(log):
         try:
+            if state is None:
+                trainer.branch_off(run)
             loss = _steps(trainer, run, lease, log, began)
         except Diverged as error:
             status, reason = "diverged", str(error)
@@ -248,7 +286,9 @@ def _steps(trainer: Trainer, run: RunDir, lease: Lease, log: MetricsLog, began: 
         log.sync()
         progress.wall_s = wall_before + time.monotonic() - began
         try:
-            checkpoint.save(run.checkpoints, progress.step, trainer.state_dict())
+            checkpoint.save(
+                run.checkpoints, progress.step, trainer.state_dict(), keep=progress.step in spec.keep_steps
+            )
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -277,7 +317,8 @@ def _steps(trainer: Trainer, run: RunDir, lease: Lease, log: MetricsLog, began: 
                 raise Interrupted(
                     f"run {spec.run_id}: stopped at step {progress.step} of {spec.steps}, checkpoint written"
                 )
-            if time.monotonic() - saved > host.checkpoint_every_s and progress.step < spec.steps:
+            due = time.monotonic() - saved > host.checkpoint_every_s and progress.step < spec.steps
+            if due or progress.step in spec.keep_steps:
                 save()
     if math.isnan(val_loss):  # resumed from the last step's checkpoint: there was no step left to do
         val_loss = trainer.evaluate()
@@ -310,6 +351,7 @@ def _record(trainer: Trainer, lease: Lease, status: Status, loss: float | None, 
     at_work = trainer.host.threads if trainer.device.type == "cpu" else 1
     peak = None if device is None else device.peak(spec.precision) * at_work
     train_s = max(progress.train_s, 1e-9)
+    trained = (progress.step - progress.start_step) * spec.batch_tokens
     return RunRecord(
         run_id=spec.run_id,
         status=status,
@@ -323,8 +365,9 @@ def _record(trainer: Trainer, lease: Lease, status: Status, loss: float | None, 
         epochs=tokens / corpus.manifest.train_tokens,
         wall_s=progress.wall_s,
         train_s=progress.train_s,
-        tokens_per_s=tokens / train_s,
-        mfu=None if peak is None else flops["exact"] / train_s / peak,
+        tokens_per_s=trained / train_s,
+        mfu=None if peak is None else training_flops(spec.shape, trained) / train_s / peak,
+        start_step=progress.start_step,
         attempts=lease.attempt,
         device=description,
         threads=trainer.host.threads,
