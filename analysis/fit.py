@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from analysis.decide import Allocation, allocate, make_forecast, write_forecast
-from analysis.decide.allocate import predict_with_intervals
-from analysis.inference import FitResult, fit_law
-from analysis.inference.fitting import DRAWS
+from analysis.columns import LOSS_UNITS, PARAMS_CHOICES
+from analysis.decide.answer import Answer, answer
+from analysis.decide.forecast import make_forecast, write_forecast
+from analysis.inference import fit_law
+from analysis.inference.conventions import ConventionFit, compare_conventions
+from analysis.inference.fitting import DRAWS, LARGE
 from analysis.inference.holdout import hold_out
+from analysis.inference.solver import ROBUST, get_robust
 from analysis.laws import LAWS
-from analysis.runs import Runs, load_runs
-from analysis.show.text import fit_text, forecast_text, hold_out_text
-from scaling.accounting import PARAMS_CONVENTIONS
+from analysis.runs import Runs, conventions, load_points, load_runs
+from analysis.show.text import answer_text, forecast_text, hold_out_text
+from scaling.accounting import FLOPS_CONVENTIONS
 from scaling.errors import InputError, run_command
 from scaling.sweepdir import check_writable
 
@@ -29,8 +34,16 @@ _HELP = """examples:
   python -m analysis.fit --data sweeps/mine --budget 1e14 --out out/mine   forecast.json, report.html and plots
   python -m analysis.fit --data runs.csv --columns n_params=size,loss=val --law chinchilla
   python -m analysis.fit --data sweeps/mine --hold-out  fit all but the top budget and see how far the forecast was off
+  python -m analysis.fit --data runs.csv --target-loss 2.4   the cheapest compute that reaches a loss
 
-The extrapolation ratio is the budget over the largest run: green up to 30×, amber up to 300×, red above."""
+How to read the answer, in its order:
+  forecast      a mean of laws weighed by backtest, unless --law asks for one; the intervals hold parameter, seed and
+                law-form uncertainty and widen with the distance
+  extrapolation the budget over the largest run's compute: green up to 30x, amber up to 300x, red above
+  approaches    Chinchilla's three; far apart, they say that N* is not known, and the wasted compute says what that costs
+  backtest      what the runs below each cut said of those above: the error to expect; read it before the parameters
+  conventions   the exponents under every way of counting N and C; compare published ones under the same way only
+  diagnostics   runs that stand out. A mis-tuned run lies above the law. Find out why before --drop RUN_ID leaves it out"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,65 +53,120 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--data", type=Path, metavar="PATH", help="sweep directory, .csv, .parquet or .jsonl (default: sweeps/demo)")
+    data = parser.add_argument_group("the runs")
+    add = data.add_argument
+    add(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="sweep directory, .csv, .tsv, .parquet or .jsonl (default: sweeps/demo)",
+    )
     add(
         "--columns",
         metavar="NAME=COL,…",
-        help="which column is n_params, n_tokens, flops, loss; any two of the first three",
+        help="which column is n_params, n_tokens, flops, loss, where their names are not usual ones; any two of the first three",
     )
-    add("--law", default="auto", help=f"auto (chosen by backtest) or one of {', '.join(LAWS)}")
-    add("--budget", type=float, nargs="+", action="extend", metavar="C", help="FLOPs (default: 10× the largest run)")
+    add("--convention", default="body_head", help=f"which N counts: {' | '.join(PARAMS_CHOICES)} (default body_head)")
+    add(
+        "--flops",
+        help=f"which C counts: {' | '.join(FLOPS_CONVENTIONS)} (default: exact in a sweep, as given in a file)",
+    )
+    add(
+        "--loss-unit",
+        metavar="UNIT",
+        help=f"what the loss is in: {' | '.join(LOSS_UNITS)} (default: by its column's name)",
+    )
+    add(
+        "--vocab-size", type=int, metavar="V", help="of a file with width and total N, for --convention non_embedding"
+    )
+    add("--checkpoints", choices=["last", "all"], help="of rows that share a run_id, which count (default: last)")
+    add("--drop", metavar="RUN_ID,…", help="leave these runs out; the answer and the forecast record it")
+    fit = parser.add_argument_group("the fit")
+    add = fit.add_argument
+    add("--law", default="auto", help=f"auto (several, weighed by backtest) or one of {', '.join(LAWS)}")
+    add(
+        "--loss",
+        default="huber",
+        help=f"of the residuals of ln loss: {' | '.join(ROBUST)} (default huber, δ = 1e-3; asymmetric: mis-tuned runs pull "
+        "less). It fits the law whose parameters are shown; with --law auto the members that forecast keep Huber, δ = 1e-2",
+    )
+    add("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    add("--draws", type=int, default=DRAWS, help=f"bootstrap refits (default {DRAWS})")
+    asked = parser.add_argument_group("what is asked")
+    add = asked.add_argument
+    add("--budget", type=float, nargs="+", action="extend", metavar="C", help="FLOPs (default: 10x the largest run)")
+    add("--target-loss", type=float, metavar="L", help="the cheapest compute that reaches this loss")
     add("--predict", type=Path, metavar="POINTS.csv", help="predict the loss at each row's n_params and n_tokens")
-    add("--convention", default="body_head", help=f"which N counts: {' | '.join(PARAMS_CONVENTIONS)} (sweeps)")
     add(
         "--hold-out",
         nargs="?",
         const="top",
         metavar="C",
-        help="fit runs up to C FLOPs (default: all but the top level)",
+        help="instead: fit the runs up to C FLOPs (default: all but the top level) and compare the forecast of the others",
     )
+    out = parser.add_argument_group("output")
+    add = out.add_argument
     add("--out", type=Path, metavar="DIR", help="write forecast.json (sweeps), report.html and plots here")
     add("--json", metavar="-", choices=["-"], help="- : print one JSON object and nothing else")
-    add("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    add("--draws", type=int, default=DRAWS, help=f"bootstrap refits (default {DRAWS})")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
-    runs = load_runs(_data(args.data), _columns(args.columns), args.convention)
+    robust = get_robust(args.loss)
     if args.draws < 2:
         raise InputError(f"--draws {args.draws}: at least 2")
+    path, columns = _data(args.data), _columns(args.columns)
+    dropped = [run_id.strip() for run_id in (args.drop or "").split(",") if run_id.strip()]
+    runs = load_runs(path, columns, args.convention, args.flops, args.loss_unit, args.vocab_size, args.checkpoints)
+    runs = drop(runs, dropped)
     if args.hold_out is not None:
         return _hold_out(args, runs)
-    fit = fit_law(runs, args.law, draws=args.draws, seed=args.seed)
+    if args.out is not None and runs.plan is not None and len(args.budget or [0]) > 1:
+        raise InputError(f"--out writes one forecast: give one --budget, not {len(args.budget)}")
+    at = load_points(args.predict) if args.predict else []
+    fit = fit_law(runs, args.law, draws=args.draws, seed=args.seed, robust=robust)
     budgets = args.budget or [DEFAULT_RATIO * fit.largest_flops]
-    allocations = _allocations(fit, runs, budgets)
-    approaches = with_budgets(fit.approaches, budgets)
-    predictions = _predictions(fit, args.predict) if args.predict else []
-    if args.out is not None:
-        if runs.plan is not None and len(budgets) > 1:
-            raise InputError(f"--out writes one forecast: give one --budget, not {len(budgets)}")
-        check_writable(args.out)
-    forecast = None
-    if args.out is not None and runs.plan is not None:
-        forecast = write_forecast(args.out / "forecast.json", make_forecast(fit, runs, budgets[0]))
-    if args.json:
-        print(json.dumps(_answer(fit, runs, allocations, predictions, approaches), allow_nan=False))
-    else:
-        print(fit_text(fit, runs, allocations, approaches))
-        for p in predictions:
-            print("  N {n_params:.4g}  D {n_tokens:.4g}  loss {loss:.4f}  90% {interval_90}".format_map(p))
-    if args.out is not None:
-        from analysis.show.report import write_report
-
-        report = write_report(args.out, fit, runs, forecast)
-        if forecast is not None and not args.json:
-            print("\n" + forecast_text(forecast, args.out / "forecast.json"))
-        print(f"report: {report}", file=sys.stderr if args.json else sys.stdout)
+    counted: tuple[ConventionFit, ...] = ()
+    if len(runs) <= LARGE and not fit.surface.on_frontier:
+        parts = conventions(path, columns, args.loss_unit, args.vocab_size, args.checkpoints)
+        counted = compare_conventions((drop(part, dropped) for part in parts), budgets[0])
+    said = answer(
+        fit,
+        runs,
+        budgets,
+        robust=robust,
+        target_loss=args.target_loss,
+        at=at,
+        conventions=counted,
+        dropped=dropped,
+    )
+    _write(args, said)
     return 0
+
+
+def drop(runs: Runs, run_ids: Sequence[str]) -> Runs:
+    """The runs without some, which its notes name.
+
+    Raises:
+        InputError: an id that no run has, or none left.
+    """
+    if not run_ids:
+        return runs
+    ids = runs.table["run_id"].astype(str)
+    for run_id in run_ids:
+        if not (ids == run_id).any():
+            near = difflib.get_close_matches(run_id, ids[:LARGE], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(
+                f"--drop {run_id!r}: no such run in {runs.source}; {hint}its ids start {', '.join(ids[:3])}"
+            )
+    table = runs.table[~ids.isin(run_ids)].reset_index(drop=True)
+    if table.empty:
+        raise InputError(f"--drop leaves none of the {len(runs)} runs")
+    note = f"left out by --drop: {', '.join(run_ids)}"
+    return dataclasses.replace(runs, table=table, notes=(*runs.notes, note))
 
 
 def _data(given: Path | None) -> Path:
@@ -115,70 +183,25 @@ def _columns(text: str | None) -> dict[str, str]:
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 
-def _allocations(fit: FitResult, runs: Runs, budgets: list[float]) -> list[Allocation]:
-    """Every budget's allocation; none for a law without N and D, or without an optimum (the fit's warnings say so)."""
-    for budget in budgets:
-        if not budget > 0 or budget == float("inf"):
-            raise InputError(f"--budget {budget:g}: must be a positive number of FLOPs")
-    if fit.surface.on_frontier or min(fit.parameters["A"], fit.parameters["B"]) <= 0:
-        return []
-    family = runs.plan.family if runs.plan is not None else None
-    return [allocate(fit, budget, family) for budget in budgets]
+def _write(args: argparse.Namespace, said: Answer) -> None:
+    """Forecast, report, and the answer on stdout."""
+    forecast = None
+    if args.out is not None:
+        check_writable(args.out)
+    if args.out is not None and said.runs.plan is not None:
+        made = make_forecast(said.fit, said.runs, said.budgets[0])
+        forecast = write_forecast(args.out / "forecast.json", made)
+    if args.json:
+        print(json.dumps(said.to_dict(), allow_nan=False))
+    else:
+        print(answer_text(said, colour=sys.stdout.isatty()))
+    if args.out is not None:
+        from analysis.show.report import write_report
 
-
-def with_budgets(approaches: dict[str, dict[str, Any]], budgets: list[float]) -> dict[str, dict[str, Any]]:
-    """Each approach with its N* and D* at the budgets."""
-    out = {}
-    for key, value in approaches.items():
-        out[key] = dict(value)
-        if "reason" not in value:
-            out[key]["allocations"] = [
-                {
-                    "budget_flops": c,
-                    "n_params": value["n_coefficient"] * c ** value["n_exponent"],
-                    "n_tokens": value["d_coefficient"] * c ** value["d_exponent"],
-                }
-                for c in budgets
-            ]
-    return out
-
-
-def _predictions(fit: FitResult, path: Path) -> list[dict[str, Any]]:
-    from analysis.runs import load_points
-
-    out = []
-    for n, d in load_points(path):
-        loss, (inner, outer) = predict_with_intervals(fit, n, d)
-        out.append(
-            {"n_params": n, "n_tokens": d, "loss": loss, "interval_50": list(inner), "interval_90": list(outer)}
-        )
-    return out
-
-
-def _answer(
-    fit: FitResult,
-    runs: Runs,
-    allocations: list[Allocation],
-    predictions: list[dict[str, Any]],
-    approaches: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
-    """The object of DESIGN's interfaces."""
-    return {
-        "data": runs.source,
-        "n_runs": fit.n_runs,
-        "law": fit.law,
-        "parameters": fit.parameters,
-        "objective": fit.objective,
-        "intervals_95": {name: list(pair) for name, pair in fit.intervals.items()},
-        "extrapolation_ratio": max((fit.extrapolation_ratio(a.budget_flops) for a in allocations), default=None),
-        "allocations": [a.to_dict() for a in allocations],
-        "predictions": predictions,
-        "approaches": approaches,
-        "backtest": list(fit.backtest),
-        "seed_noise": fit.seed_noise,
-        "convention": runs.convention,
-        "warnings": [*fit.warnings, *runs.notes],
-    }
+        report = write_report(args.out, said.fit, said.runs, forecast)
+        if forecast is not None and not args.json:
+            print("\n" + forecast_text(forecast, args.out / "forecast.json"))
+        print(f"report: {report}", file=sys.stderr if args.json else sys.stdout)
 
 
 def _hold_out(args: argparse.Namespace, runs: Runs) -> int:
@@ -188,10 +211,9 @@ def _hold_out(args: argparse.Namespace, runs: Runs) -> int:
         raise InputError(
             f"--hold-out {args.hold_out!r}: a number of FLOPs, or nothing for all but the top level"
         ) from None
-    held = hold_out(runs, cut, args.law, args.draws)
+    held = hold_out(runs, cut, args.law, args.draws, get_robust(args.loss))
     if args.json:
-        summary = {"cut_flops": held.cut_flops, "law": held.fit.law, "rms_error_by_law": held.by_law}
-        print(json.dumps({**summary, "runs": list(held.rows)}, allow_nan=False))
+        print(json.dumps(held.to_dict(), allow_nan=False))
     else:
         print(hold_out_text(held))
     return 0

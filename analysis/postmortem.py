@@ -15,6 +15,7 @@ from scaling.sweepdir import RunDir, check_writable
 
 if TYPE_CHECKING:
     from analysis.inference import FitResult
+    from analysis.inference.solver import Robust
     from analysis.runs import Runs
     from analysis.show.report import Outcome
 
@@ -145,6 +146,17 @@ def next_target(before: FitResult, after: FitResult, runs: Runs, flops: float) -
     return out
 
 
+def fitted_as(forecast: Forecast) -> tuple[str, Robust]:
+    """The law and loss of residuals that `analysis.fit` was asked for: "auto" for several laws, or one that emphasises
+    the larger runs."""
+    from analysis.inference.solver import HUBER, get_robust
+
+    used = forecast.laws[0]
+    if len(forecast.laws) > 1 or used.get("emphasis") is not None:
+        return "auto", HUBER
+    return used["name"], get_robust(used.get("loss", HUBER.name))
+
+
 def refit(run: Path, forecast: Forecast, record: RunRecord, sweep: Path) -> tuple[FitResult, Runs, Outcome]:
     """The law as it was, the runs it was fitted on, and the outcome with the law fitted on them and the flagship."""
     from analysis.inference import fit_law
@@ -152,8 +164,8 @@ def refit(run: Path, forecast: Forecast, record: RunRecord, sweep: Path) -> tupl
 
     assert record.loss is not None
     runs = fitted_runs(forecast, sweep)
-    law = max(forecast.laws, key=lambda used: float(used["weight"]))["name"]
-    before, after = fit_law(runs, law=law), fit_law(with_flagship(runs, record), law=law)
+    law, robust = fitted_as(forecast)
+    before, after = (fit_law(r, law=law, robust=robust) for r in (runs, with_flagship(runs, record)))
     target = next_target(before, after, runs, NEXT_FACTOR * record.flops["exact"])
     return before, runs, Outcome(compare(forecast, record.loss), RunDir(run).metrics(), str(run), after, target)
 

@@ -152,7 +152,7 @@ class Forecast:
     run_ids: list[str]
     """The runs that the law was fitted on."""
     laws: list[dict[str, Any]]
-    """Each law used: name, weight, parameters, objective."""
+    """Each law used: name, weight, parameters, emphasis on the larger runs (None: all alike), loss of residuals."""
     convention: dict[str, str]
     """params (total | non_embedding | body_head), flops (exact | …), loss unit (nats_per_token)."""
     target_flops: float

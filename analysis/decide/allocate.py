@@ -37,12 +37,18 @@ def allocate(fit: FitResult, budget_flops: float, family: ShapeFamily | None = N
     """Compute-optimal N*, D* and the loss there with its prediction intervals.
 
     Args:
-        family: whose exact FLOPs per token count; C = 6·N·D when None.
+        family: whose FLOPs per token count, in the fit's convention; C = 6·N·D when None.
     """
-    per_token = None if family is None else family_flops_per_token(family, fit.convention["params"])
-    n, d = fit.allocate(budget_flops, per_token)
+    n, d = fit.allocate(budget_flops, flops_per_token_of(fit, family))
     loss, low_high = predict_with_intervals(fit, n, d)
     return Allocation(budget_flops, n, d, loss, *low_high)
+
+
+def flops_per_token_of(fit: FitResult, family: ShapeFamily | None) -> Callable[[Floats], Floats] | None:
+    """Training FLOPs of one token of a family in the fit's convention of N and C; None where C = 6·N·D."""
+    if family is None or fit.convention["flops"] == "6nd":
+        return None
+    return family_flops_per_token(family, fit.convention["params"], fit.convention["flops"] != "full_attention")
 
 
 def predict_with_intervals(
@@ -69,12 +75,17 @@ def family_widths(family: ShapeFamily) -> np.ndarray:
     return np.array(widths)
 
 
-def family_flops_per_token(family: ShapeFamily, convention: str) -> Callable[[Floats], Floats]:
-    """Exact training FLOPs of one token as a function of N, interpolated in ln–ln between the family's shapes."""
+def family_flops_per_token(family: ShapeFamily, convention: str, causal: bool = True) -> Callable[[Floats], Floats]:
+    """Training FLOPs of one token as a function of N, interpolated in ln–ln between the family's shapes.
+
+    Args:
+        convention: which parameters N counts.
+        causal: as in `scaling.accounting.flops_per_token`.
+    """
     params = _convention(convention)
     shapes = [family.shape(int(w)) for w in family_widths(family)]
     ln_n = np.log([count_params(s).count(params) for s in shapes])
-    ln_f = np.log([flops_per_token(s).train for s in shapes])
+    ln_f = np.log([flops_per_token(s, causal).train for s in shapes])
 
     def per_token(n: Floats) -> Floats:
         inside = np.exp(np.interp(np.log(n), ln_n, ln_f))

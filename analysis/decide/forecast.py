@@ -44,9 +44,16 @@ def make_forecast(fit: FitResult, runs: Runs, budget_flops: float, seed: int | N
         runs: of a sweep directory; what `fit` was fitted on.
         seed: of the flagship; that of the largest run when None.
     Raises:
-        InputError: runs that come from no sweep, or a budget below one batch.
+        InputError: runs that come from no sweep, or are counted otherwise than the engine counts (exact FLOPs, nats per
+            token), or a budget below one batch.
     """
     plan = runs.plan
+    engine = {"flops": "exact", "loss": "nats_per_token"}
+    if plan is not None and (others := [k for k, v in engine.items() if fit.convention[k] != v]):
+        raise InputError(
+            f"runs read with {' and '.join(f'{k} {fit.convention[k]}' for k in others)}: a forecast is in what the flagship "
+            "is watched in, exact FLOPs and nats per token; leave out --flops and --loss-unit, or --out"
+        )
     if plan is None:
         raise InputError(f"{runs.source} is not a sweep directory: a forecast needs its plan (shapes and recipe)")
     spec, notes = _flagship(fit, plan, runs, budget_flops, seed)
@@ -58,7 +65,7 @@ def make_forecast(fit: FitResult, runs: Runs, budget_flops: float, seed: int | N
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         sweep=runs.source,
         run_ids=list(fit.run_ids),
-        laws=[{"name": fit.law, "weight": 1.0, "parameters": dict(fit.parameters), "objective": fit.objective}],
+        laws=_laws(fit),
         convention=dict(fit.convention),
         target_flops=float(budget_flops),
         n_params=n_star,
@@ -70,9 +77,35 @@ def make_forecast(fit: FitResult, runs: Runs, budget_flops: float, seed: int | N
         curve=_curve(fit, runs, spec, loss),
         extrapolation_ratio=ratio,
         extrapolation_colour=extrapolation_colour(ratio),
-        notes=[*fit.warnings, *runs.notes, *notes],
+        notes=[*fit.warnings, *runs.notes, *extrapolation_warnings(fit, ratio), *notes],
     )
     return dataclasses.replace(forecast, seal=forecast.computed_seal())
+
+
+def _laws(fit: FitResult) -> list[dict[str, Any]]:
+    """Every member of what predicts, the heaviest first."""
+    return [
+        {
+            "name": m.member.law,
+            "weight": m.weight,
+            "emphasis": m.member.emphasis,
+            "loss": m.member.robust.name,
+            "parameters": m.member.form.parameters(m.values),
+        }
+        for m in sorted(fit.ensemble.members, key=lambda m: -m.weight)
+    ]
+
+
+def extrapolation_warnings(fit: FitResult, ratio: float) -> list[str]:
+    """What to know of a budget at `ratio` times the largest run's compute; nothing below red."""
+    if extrapolation_colour(ratio) != "red":
+        return []
+    longest = max((row["ratio"] for row in fit.backtest), default=None)
+    tested = "nothing was backtested" if longest is None else f"the backtest reached {longest:.3g}×"
+    return [
+        f"{ratio:.3g}× the largest run's compute is red (above {RED_FROM:g}×): {tested}, and Llama 3's 3,800× is the longest "
+        "reach published; train something in between first"
+    ]
 
 
 def _params(fit: FitResult) -> ParamsConvention:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.inference.backtest import LARGE_SWEEP, SMALL_SWEEP
+from analysis.inference.backtest import LARGE_SWEEP, SMALL_SWEEP, Member, fit_members
 from analysis.inference.fitting import FitResult, fit_law
 from analysis.inference.points import compute_levels, points
+from analysis.inference.solver import HUBER, Robust, log_predictions
+from analysis.laws.law import Floats
 from analysis.laws.surface import get_law
 from analysis.runs import Runs
 from scaling.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_CHUNK = 2_000
+"""Held-out runs whose intervals are computed at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +33,22 @@ class HoldOut:
     rows: tuple[dict[str, Any], ...]
     """A held-out run each: run_id, flops, n_params, n_tokens, loss, predicted, relative_error, inside_50, inside_90."""
     by_law: dict[str, float]
-    """Root mean square relative error of every law that the smaller runs can be fitted with."""
+    """Root mean square relative error of what predicts ("ensemble", or the law asked for) and of every law that the
+    smaller runs can be fitted with, plainly."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return {
+            "cut_flops": self.cut_flops,
+            "law": self.fit.law,
+            "rms_error_by_law": self.by_law,
+            "runs": list(self.rows),
+        }
 
 
-def hold_out(runs: Runs, cut_flops: float | None = None, law: str = "auto", draws: int = 1000) -> HoldOut:
+def hold_out(
+    runs: Runs, cut_flops: float | None = None, law: str = "auto", draws: int = 1000, robust: Robust = HUBER
+) -> HoldOut:
     """Fit the runs of at most `cut_flops` (None: all but the top compute level) and predict the others.
 
     Raises:
@@ -49,40 +68,46 @@ def hold_out(runs: Runs, cut_flops: float | None = None, law: str = "auto", draw
             f"{flops.max():.3g} FLOPs"
         )
     below = _take(runs, ~above)
-    fit = fit_law(below, law, draws=draws)
+    fit = fit_law(below, law, draws=draws, robust=robust)
     held = _take(runs, above).table
-    by_law = {}
-    laws = [n for n in dict.fromkeys((*LARGE_SWEEP, *SMALL_SWEEP)) if len(get_law(n).free) <= points(below).n_cells]
-    for name in dict.fromkeys((law, *laws)):
-        other = fit if name == law else fit_law(below, name, draws=2)
-        error = other.predict(held["n_params"], held["n_tokens"]) / held["loss"].to_numpy(float) - 1
-        by_law[name] = float(np.sqrt((error**2).mean()))
-    return HoldOut(cut_flops, fit, tuple(_rows(fit, held.to_dict("records"))), by_law)
+    smaller, larger, loss = data.take(~above), data.take(above), held["loss"].to_numpy(float)
+    members = [
+        Member(name, robust=robust)
+        for name in dict.fromkeys((*LARGE_SWEEP, *SMALL_SWEEP))
+        if name != law and len(get_law(name).free) <= smaller.n_cells
+    ]
+    by_law = {"ensemble" if law == "auto" else law: _rms(fit.predict(held["n_params"], held["n_tokens"]), loss)}
+    for member, values in fit_members(members, smaller).items():
+        by_law[member.law] = _rms(np.exp(log_predictions(member.form, values[None], larger.columns)[0]), loss)
+    return HoldOut(cut_flops, fit, tuple(_rows(fit, held)), by_law)
+
+
+def _rms(predicted: Floats, loss: Floats) -> float:
+    return float(np.sqrt(((predicted / loss - 1) ** 2).mean()))
 
 
 def _take(runs: Runs, mask: np.ndarray) -> Runs:
     return dataclasses.replace(runs, table=runs.table[mask].reset_index(drop=True))
 
 
-def _rows(fit: FitResult, held: Sequence[dict[Any, Any]]) -> list[dict[str, Any]]:
+def _rows(fit: FitResult, held: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
-    for run in held:
-        n, d, loss = run["n_params"], run["n_tokens"], float(run["loss"])
-        predicted = float(fit.predict(n, d))
-        inside = {}
-        for level in (0.5, 0.9):
-            low, high = fit.predict_interval(n, d, level)
-            inside[f"inside_{100 * level:.0f}"] = bool(low <= loss <= high)
-        rows.append(
-            {
-                "run_id": run["run_id"],
-                "flops": float(run["flops"]),
-                "n_params": float(n),
-                "n_tokens": float(d),
-                "loss": loss,
-                "predicted": predicted,
-                "relative_error": predicted / loss - 1,
-                **inside,
-            }
-        )
+    for start in range(0, len(held), _CHUNK):
+        part = held.iloc[start : start + _CHUNK]
+        n, d, loss = (part[name].to_numpy(float) for name in ("n_params", "n_tokens", "loss"))
+        predicted = fit.predict(n, d)
+        ends = [fit.predict_interval(n, d, level) for level in (0.5, 0.9)]
+        inside_50, inside_90 = ((low <= loss) & (loss <= high) for low, high in ends)
+        columns = {
+            "run_id": part["run_id"].tolist(),
+            "flops": part["flops"].astype(float).tolist(),
+            "n_params": n.tolist(),
+            "n_tokens": d.tolist(),
+            "loss": loss.tolist(),
+            "predicted": predicted.tolist(),
+            "relative_error": (predicted / loss - 1).tolist(),
+            "inside_50": inside_50.tolist(),
+            "inside_90": inside_90.tolist(),
+        }
+        rows += [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return rows

@@ -32,9 +32,26 @@ def percent(ratio: float, digits: int = 2) -> str:
     return f"{100 * ratio:+.{digits}f}%"
 
 
+def share(value: float | None) -> str:
+    """A share: 94%; a dash where there is none."""
+    return "–" if value is None else f"{value:.0%}"
+
+
 def interval(pair: tuple[float, float] | list[float], digits: int = 3) -> str:
     """An interval: 2.310 – 2.395."""
     return f"{pair[0]:.{digits}f} – {pair[1]:.{digits}f}"
+
+
+def rounded(value: float, low: float, high: float) -> tuple[str, str]:
+    """A value and its interval with the digits that the interval supports: 0.34, "0.32 – 0.37"."""
+    half = (high - low) / 2
+    if not (math.isfinite(half) and half > 0):
+        return f"{value:.4g}", f"{low:.4g} – {high:.4g}"
+    place = math.floor(math.log10(half))
+    shown = [round(v, -place) for v in (value, low, high)]
+    plain = place > -6 and max(map(abs, shown)) < 1e7
+    text = [f"{v:.{max(-place, 0)}f}" if plain else f"{v:.2g}".replace("e+", "e") for v in shown]
+    return text[0], f"{text[1]} – {text[2]}"
 
 
 def number(value: object) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.show import html, numbers, plots
+from analysis.show.backtest import law_backtest
 from analysis.show.style import DARK, LIGHT, Theme, png, save
 from scaling.files import write_text
 from scaling.provenance import git_commit, versions
@@ -30,8 +31,8 @@ BACKTEST: dict[str, tuple[str, Callable[[Any], object]]] = {
     "up to": ("ratio", lambda ratio: f"{ratio:.1f}×"),
     "mean error": ("mean_error", lambda error: numbers.percent(-error)),
     "rms error": ("rms_error", lambda error: f"{error:.2%}"),
-    "inside 50%": ("coverage_50", lambda share: f"{share:.0%}"),
-    "inside 90%": ("coverage_90", lambda share: f"{share:.0%}"),
+    "inside 50%": ("coverage_50", numbers.share),
+    "inside 90%": ("coverage_90", numbers.share),
 }
 """Column → key of a backtest row and how it is written; its errors are ln(actual / predicted), shown as forecast over actual."""
 PACKAGES = ("isoflop", "numpy", "scipy", "pandas", "matplotlib")
@@ -177,7 +178,10 @@ def _plan(forecast: Forecast) -> str:
         "data, precision, seed": f"{spec.data.name}, {spec.precision}, {spec.seed}",
     }
     if len(forecast.laws) > 1:
-        recipe["laws"] = ", ".join(f"{law['name']} {law['weight']:.0%}" for law in forecast.laws)
+        weight: dict[str, float] = {}
+        for law in forecast.laws:
+            weight[law["name"]] = weight.get(law["name"], 0.0) + law["weight"]
+        recipe["laws"] = ", ".join(f"{name} {share:.0%}" for name, share in weight.items())
     return html.pairs("The run", run) + html.pairs("Its recipe", recipe)
 
 
@@ -260,19 +264,31 @@ def _evidence(fit: FitResult, runs: Runs, forecast: Forecast | None) -> list[str
     blocks += ["<h2>Chinchilla's three approaches</h2>", html.table("", header, rows)]
     blocks += [f'<p class="soft">{html.text(line)}</p>' for line in _silent_approaches(fit)]
     if fit.backtest:
-        blocks += [
-            "<h2>Backtest: the largest budgets held out and forecast from the rest</h2>",
-            html.table(
-                "",
-                list(BACKTEST),
-                [[show(row[key]) for key, show in BACKTEST.values()] for row in fit.backtest],
-            ),
-        ]
+        blocks += ["<h2>Backtest: the largest budgets held out and forecast from the rest</h2>", *_backtest(fit)]
     remarks = list(dict.fromkeys([*fit.warnings, *runs.notes, *(forecast.notes if forecast else [])]))
     if remarks:
         blocks += ["<h2>Warnings and notes</h2>", html.notes(remarks)]
     blocks += ["<h2>Runs</h2>", _runs(fit, runs)]
     return blocks
+
+
+def _backtest(fit: FitResult) -> list[str]:
+    """What forecasts, cut by cut; then every law over all cuts, beside its weight in the forecast."""
+    first = fit.backtest[0]["law"]
+    cuts = [[show(row[key]) for key, show in BACKTEST.values()] for row in fit.backtest if row["law"] == first]
+    weight: dict[str, float] = {}
+    for m in fit.ensemble.members:
+        weight[m.member.law] = weight.get(m.member.law, 0.0) + m.weight
+    laws = []
+    for name in dict.fromkeys(row["law"] for row in fit.backtest):
+        law = law_backtest(fit.backtest, name)
+        share = 1.0 if name == first else weight.get(name, 0.0)
+        covered = [numbers.share(law[key]) for key in ("coverage_50", "coverage_90")]
+        laws.append([name, f"{share:.0%}", f"{law['rms_error']:.2%}", *covered])
+    return [
+        html.table("", list(BACKTEST), cuts),
+        html.table("Over all cuts", ["law", "weight in the forecast", "rms error", "inside 50%", "inside 90%"], laws),
+    ]
 
 
 def _runs(fit: FitResult, runs: Runs) -> str:

@@ -1,18 +1,22 @@
-"""What analysis.fit prints: plain tables that fit a terminal."""
+"""What analysis.fit prints: plain tables that fit a terminal, read from top to bottom."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from analysis.decide import Allocation
+from analysis.decide.answer import Answer
 from analysis.decide.forecast import extrapolation_colour
 from analysis.inference import FitResult
+from analysis.inference.diagnostics import OUTLIER, Effect
 from analysis.inference.holdout import HoldOut
 from analysis.laws import PUBLISHED
-from analysis.runs import Runs
-from analysis.show.numbers import flops, interval, percent, si
+from analysis.show.backtest import law_backtest
+from analysis.show.numbers import flops, interval, percent, rounded, share, si
 from scaling.records import Forecast
+
+_APPROACHES = {"1": "1 envelope", "2": "2 IsoFLOP parabolas", "3": "3 surface, C = 6ND"}
+_MOST_ROWS = 60
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -28,42 +32,92 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def fit_text(fit: FitResult, runs: Runs, allocations: Sequence[Allocation], approaches: dict[str, Any]) -> str:
-    """The whole answer for a terminal."""
-    convention = f"N {runs.convention['params']}, FLOPs {runs.convention['flops']}"
+def answer_text(said: Answer, colour: bool = False) -> str:
+    """The whole answer for a terminal; colour: red extrapolations in red."""
+    fit, runs = said.fit, said.runs
+    counted = f"N {runs.convention['params']}, FLOPs {runs.convention['flops']}, loss {runs.convention['loss']}"
     parts = [
-        f"{fit.n_runs} runs of {runs.source} ({convention}), the largest {flops(fit.largest_flops)} FLOPs",
+        f"{fit.n_runs} runs of {runs.source} ({counted}), the largest {flops(fit.largest_flops)} FLOPs",
         *(f"note: {note}" for note in runs.notes),
         "",
         f"law {fit.law}: {fit.surface.formula}   ({fit.surface.source})",
-        table(
-            ["parameter", "value", "95% interval"],
-            [[k, f"{v:.5g}", "{:.4g} – {:.4g}".format(*fit.intervals[k])] for k, v in fit.parameters.items()],
-        ),
-        _quality(fit),
+        _parameters(said),
+        _quality(said),
+        "",
+        _forecaster(fit),
     ]
-    if allocations:
-        parts += ["", "compute-optimal for a budget", _allocations(fit, allocations)]
-        parts += [
-            "",
-            "the three approaches and published laws at these budgets",
-            _side_by_side(approaches, allocations),
-        ]
+    if said.allocations:
+        parts += ["", "compute-optimal for a budget", _allocations(said, colour)]
+    if said.target is not None:
+        parts += ["", f"the cheapest compute for a loss of {said.target.loss:g}", _target(said, colour)]
+    if said.predictions:
+        parts += ["", "predictions", _predictions(said.predictions)]
+    if said.allocations:
+        parts += ["", "three approaches to N* and D*, beside what forecasts", _approaches(said)]
+        parts += ["", "published laws at these budgets: N* / D* → loss on their own data", _published(said.budgets)]
     parts += ["", "backtest: fitted up to a cut in compute, asked about everything above it", _backtest(fit)]
-    if fit.warnings:
-        parts += ["", *(f"warning: {w}" for w in fit.warnings)]
+    if len({(f"{c.alpha:.3f}", f"{c.n_exponent_isoflop}") for c in said.conventions}) > 1:
+        parts += ["", "how the exponents move with the counting (Chinchilla's law, plain)", _conventions(said)]
+    parts += ["", "diagnostics", _diagnostics(said)]
+    if said.warnings:
+        parts += ["", *(f"warning: {w}" for w in said.warnings)]
     return "\n".join(parts)
 
 
-def _quality(fit: FitResult) -> str:
+def _parameters(said: Answer) -> str:
+    """Values with the digits that their intervals support."""
+    rows, held = [], dict(said.fit.surface.fixed)
+    for name, value in said.fit.parameters.items():
+        low, high = said.fit.intervals[name]
+        if name in held:
+            rows.append([name, f"= {held[name]}", "held"])
+        elif said.diagnostics.identified[name]:
+            rows.append([name, *rounded(value, low, high)])
+        else:
+            measured = said.fit.n_cells > len(said.fit.surface.free)
+            rows.append([name, "not identified", rounded(value, low, high)[1] if measured else "–"])
+    return table(["parameter", "value", "95% interval"], rows)
+
+
+def _quality(said: Answer) -> str:
+    fit = said.fit
     seeds = "no replicates" if fit.seed_noise is None else f"{100 * fit.seed_noise:.2f}%"
     return (
-        f"  objective {fit.objective:.6g}; run noise {100 * fit.run_noise:.2f}% of loss (seeds: {seeds}); "
+        f"  objective {fit.objective:.6g} ({said.robust.name}); {fit.starts_agreeing} of {fit.starts} starts agree, condition "
+        f"{fit.condition:.2g}\n"
+        f"  run noise {100 * fit.run_noise:.2f}% of loss (seeds: {seeds}); "
         f"law-form error {100 * fit.form.per_efold:.2f}% per e-fold of compute"
     )
 
 
-def _allocations(fit: FitResult, allocations: Sequence[Allocation]) -> str:
+def _forecaster(fit: FitResult) -> str:
+    members = fit.ensemble.members
+    if len(members) == 1:
+        return f"what forecasts: the law {members[0].member.law} alone"
+    laws = dict.fromkeys(m.member.law for m in members)
+    emphases = sorted({m.member.emphasis or 0.0 for m in members})
+    rows = []
+    for law in laws:
+        weight = {m.member.emphasis or 0.0: m.weight for m in members if m.member.law == law}
+        cells = [f"{weight[k]:.0%}" if k in weight else "–" for k in emphases]
+        rows.append((sum(weight.values()), [law, *cells, f"{sum(weight.values()):.0%}"]))
+    header = ["law", *(f"k = {k:g}" for k in emphases), "weight"]
+    return (
+        "what forecasts: a mean of ln loss over laws, weighed by backtest; k: a run counts (C / largest C)^k\n"
+        + table(header, [row for _, row in sorted(rows, key=lambda r: -r[0])])
+    )
+
+
+def _reach(fit: FitResult, budget_flops: float) -> str:
+    ratio = fit.extrapolation_ratio(budget_flops)
+    return f"{ratio:.3g}× {extrapolation_colour(ratio)}"
+
+
+def _red(text: str, colour: bool) -> str:
+    return text.replace("× red", "× \033[31mred\033[0m") if colour else text
+
+
+def _allocations(said: Answer, colour: bool) -> str:
     rows = [
         (
             flops(a.budget_flops),
@@ -73,33 +127,86 @@ def _allocations(fit: FitResult, allocations: Sequence[Allocation]) -> str:
             f"{a.loss:.4f}",
             interval(a.interval_50),
             interval(a.interval_90),
-            f"{(ratio := fit.extrapolation_ratio(a.budget_flops)):.3g}× {extrapolation_colour(ratio)}",
+            _reach(said.fit, a.budget_flops),
         )
-        for a in allocations
+        for a in said.allocations
     ]
-    return table(["C", "N*", "D*", "D/N", "loss", "50% interval", "90% interval", "extrapolation"], rows)
+    header = ["C", "N*", "D*", "D/N", "loss", "50% interval", "90% interval", "extrapolation"]
+    return _red(table(header, rows), colour)
 
 
-def _side_by_side(approaches: dict[str, Any], allocations: Sequence[Allocation]) -> str:
-    names = {"1": "1 envelope", "2": "2 IsoFLOP parabolas", "3": "3 surface, C = 6ND"}
+def _target(said: Answer, colour: bool) -> str:
+    target = said.target
+    assert target is not None
+
+    def between(pair: tuple[float | None, float | None]) -> str:
+        low = "less than the smallest run" if pair[0] is None else flops(pair[0])
+        return f"{low} – {'out of reach' if pair[1] is None else flops(pair[1])}"
+
+    row = (
+        flops(target.budget_flops),
+        si(target.n_params),
+        si(target.n_tokens),
+        between(target.interval_50),
+        between(target.interval_90),
+        _reach(said.fit, target.budget_flops),
+    )
+    return _red(table(["C", "N*", "D*", "50% interval of C", "90% interval of C", "extrapolation"], [row]), colour)
+
+
+def _predictions(predictions: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (
+            si(p["n_params"], 4),
+            si(p["n_tokens"], 4),
+            f"{p['loss']:.4f}",
+            *(interval(p[f"interval_{k}"], 4) for k in (50, 90)),
+        )
+        for p in predictions
+    ]
+    return table(["N", "D", "loss", "50% interval", "90% interval"], rows)
+
+
+def _approaches(said: Answer) -> str:
+    """Approaches by budgets, with the difference from the forecast's optimum and what following them would waste."""
     rows, missing = [], []
-    for key, value in approaches.items():
+    for key, value in said.approaches.items():
         if "reason" in value:
             missing.append(f"  no approach {key}: {value['reason']}")
             continue
-        cells = [f"{si(p['n_params'])} / {si(p['n_tokens'])}" for p in value["allocations"]]
-        rows.append([names[key], f"{value['n_exponent']:.3f}", *cells])
+        for i, at in enumerate(value["allocations"]):
+            name = [_APPROACHES[key], f"{value['n_exponent']:.3f}"] if i == 0 else ["", ""]
+            cells = [flops(at["budget_flops"]), si(at["n_params"]), si(at["n_tokens"])]
+            if "wasted_compute" in at:
+                cells += [
+                    f"{1 + at['n_vs_surface']:.3g}×",
+                    f"{1 + at['d_vs_surface']:.3g}×",
+                    f"{max(at['wasted_compute'], 0.0):.1%}",
+                ]
+            rows.append([*name, *cells, *["–"] * (6 - len(cells))])
+    header = ["approach", "N* ∝ C^", "C", "N*", "D*", "N* over forecast's", "D* over", "wasted compute"]
+    replayed = [
+        f"  approach 2 replayed without noise on this grid and the fitted surface: {percent(b['n_params'], 1)} in N*, "
+        f"{percent(b['n_tokens'], 1)} in D* at {flops(b['budget_flops'])}"
+        for b in said.approaches["2"].get("bias", {}).get("budgets", ())
+    ]
+    return "\n".join([*([table(header, rows)] if rows else []), *replayed, *missing])
+
+
+def _published(budgets: Sequence[float]) -> str:
+    rows = []
     for law in PUBLISHED:
-        points = [law.allocate(a.budget_flops) for a in allocations]
+        points = [law.allocate(c) for c in budgets]
         cells = [f"{si(n)} / {si(d)} → {'–' if loss is None else f'{loss:.3f}'}" for n, d, loss in points]
         rows.append([law.name, f"{law.n_exponent:.3f}", *cells])
-    header = ["N* / D*", "N* ∝ C^", *(flops(a.budget_flops) for a in allocations)]
-    return "\n".join([table(header, rows), *missing])
+    return table(["law", "N* ∝ C^", *(flops(c) for c in budgets)], rows)
 
 
 def _backtest(fit: FitResult) -> str:
+    """What forecasts cut by cut, then every law over all cuts."""
     if not fit.backtest:
         return "  none: it takes runs over a factor 2 in compute below a cut, and some above it"
+    first = fit.backtest[0]["law"]
     rows = [
         (
             flops(r["cut_flops"]),
@@ -108,18 +215,77 @@ def _backtest(fit: FitResult) -> str:
             f"{r['ratio']:.3g}×",
             percent(-r["mean_error"]),
             f"{100 * r['rms_error']:.2f}%",
-            f"{r['coverage_50']:.0%}",
-            f"{r['coverage_90']:.0%}",
+            share(r["coverage_50"]),
+            share(r["coverage_90"]),
         )
         for r in fit.backtest
-        if r["law"] == fit.law
+        if r["law"] == first
     ]
-    errors: dict[str, list[float]] = {}
-    for r in fit.backtest:
-        errors.setdefault(r["law"], []).append(r["rms_error"] ** 2)
-    others = ", ".join(f"{law} {100 * (sum(e) / len(e)) ** 0.5:.2f}%" for law, e in errors.items())
-    header = ["cut", "fitted", "held out", "ratio", "mean error", "rms", "in 50%", "in 90%"]
-    return table(header, rows) + f"\n  rms over the cuts by law: {others}"
+    cuts = table(["cut", "fitted", "held out", "up to", "mean error", "rms", "in 50%", "in 90%"], rows)
+    laws = [law_backtest(fit.backtest, law) for law in dict.fromkeys(r["law"] for r in fit.backtest)]
+    lines = [
+        (
+            law["law"],
+            "–" if law["emphasis"] is None else f"{law['emphasis']:g}",
+            law["cuts"],
+            f"{100 * law['rms_error']:.2f}%",
+            share(law["coverage_50"]),
+            share(law["coverage_90"]),
+        )
+        for law in laws
+    ]
+    by_law = table(["law, over all cuts", "its best k", "cuts", "rms", "in 50%", "in 90%"], lines)
+    return f"  {first}, cut by cut\n{cuts}\n\n{by_law}"
+
+
+def _conventions(said: Answer) -> str:
+    rows = [
+        (
+            f"N {c.params}, C {c.flops}",
+            f"{c.alpha:.3f}",
+            f"{c.beta:.3f}",
+            "–" if c.n_exponent is None else f"{c.n_exponent:.3f}",
+            "–" if c.n_exponent_isoflop is None else f"{c.n_exponent_isoflop:.3f}",
+            "–" if c.n_params is None else si(c.n_params),
+        )
+        for c in said.conventions
+    ]
+    at = flops(said.budgets[0])
+    return table(["counting", "alpha", "beta", "a, surface", "a, IsoFLOP", f"surface's N* at {at}"], rows)
+
+
+def _diagnostics(said: Answer) -> str:
+    found = said.diagnostics
+    lines = [f"  residuals of {said.fit.law}: spread {100 * found.scale:.2f}% (robust)"]
+    if found.outliers:
+        named = f", the {len(found.outliers)} furthest named" if found.n_outliers > len(found.outliers) else ""
+        lines += [
+            f"  {found.n_outliers} of {said.fit.n_runs} runs stand out (|z| > {OUTLIER:g}){named}; leaving each out would change:",
+            _effects(found.outliers),
+            "  a run above the law may be mis-tuned or cut short: look at it before --drop RUN_ID leaves it out",
+        ]
+    else:
+        lines.append(f"  no run stands out (|z| > {OUTLIER:g})")
+    if found.influential:
+        lines += [
+            "  the runs that the law's forecast leans on most; leaving each out would change:",
+            _effects(found.influential),
+        ]
+    return "\n".join([*lines, *(f"  {line}" for line in found.identification)])
+
+
+def _effects(effects: Sequence[Effect]) -> str:
+    shown = [k for k in effects[0].parameters if k not in ("A", "B")]
+    rows = [
+        (
+            e.run_id,
+            f"{e.z:+.1f}",
+            *(f"{e.parameters[k]:+.2g}" for k in shown),
+            *("–" if shift is None else percent(shift) for shift in (e.law_loss_at_target, e.loss_at_target)),
+        )
+        for e in effects
+    ]
+    return table(["run", "z", *shown, "law's loss at the budget", "forecast's"], rows)
 
 
 def hold_out_text(held: HoldOut) -> str:
@@ -136,12 +302,23 @@ def hold_out_text(held: HoldOut) -> str:
             "yes" if r["inside_50"] else "no",
             "yes" if r["inside_90"] else "no",
         )
-        for r in held.rows
+        for r in held.rows[:_MOST_ROWS]
     ]
     header = ["held-out run", "C", "N", "D", "forecast", "actual", "error", "in 50%", "in 90%"]
     laws = table(["law", "rms error"], [[name, f"{100 * error:.2f}%"] for name, error in held.by_law.items()])
-    first = f"law {held.fit.law} fitted on {held.fit.n_runs} runs up to {flops(held.cut_flops)} FLOPs"
-    return "\n".join([first, table(header, rows), "", laws])
+    inside = [sum(r[f"inside_{level}"] for r in held.rows) for level in (50, 90)]
+    what = "ensemble" if len(held.fit.ensemble.members) > 1 else f"law {held.fit.law}"
+    more = [f"  and {len(held.rows) - _MOST_ROWS:,} more: --json - lists all"] if len(held.rows) > _MOST_ROWS else []
+    return "\n".join(
+        [
+            f"{what} fitted on {held.fit.n_runs} runs up to {flops(held.cut_flops)} FLOPs",
+            table(header, rows),
+            *more,
+            f"  {inside[0]} of {len(held.rows)} inside the 50% interval, {inside[1]} inside the 90% interval",
+            "",
+            laws,
+        ]
+    )
 
 
 def forecast_text(forecast: Forecast, path: object) -> str:

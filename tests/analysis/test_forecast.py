@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from analysis.decide import allocate, best_width, family_flops_per_token, make_f
 from analysis.decide.forecast import extrapolation_colour
 from analysis.inference import FitResult, fit_law
 from analysis.laws import compute_optimal
+from analysis.laws.surface import get_law
 from analysis.runs import Runs, load_runs
 from scaling.accounting import count_params, flops_per_token
 from scaling.errors import InputError
@@ -113,6 +115,57 @@ def test_notes_carry_warnings_and_a_corpus_too_small(fitted: tuple[FitResult, Ru
     forecast = make_forecast(fit, runs, 1e17)
     assert forecast.extrapolation_colour == "red"
     assert any("read the corpus" in note for note in forecast.notes)
+
+
+def test_a_red_forecast_is_warned_of(fitted: tuple[FitResult, Runs]) -> None:
+    fit, runs = fitted
+    assert not any("is red" in note for note in make_forecast(fit, runs, 1e13).notes)
+    assert any("1e+03× the largest" in note and "is red" in note for note in make_forecast(fit, runs, 1e15).notes)
+
+
+def test_every_member_is_in_the_forecast_and_says_what_it_is(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
+    runs = load_runs(make_sweep(noise=0.002))
+    fit = fit_law(runs, draws=100)
+    path = tmp_path / "forecast.json"
+    laws = write_forecast(path, make_forecast(fit, runs, 1e13)).laws
+    assert Forecast.read(path).laws == laws
+    assert len(laws) == len(fit.ensemble.members) > 1
+    assert sum(law["weight"] for law in laws) == pytest.approx(1)
+    assert [law["weight"] for law in laws] == sorted((law["weight"] for law in laws), reverse=True)
+    n, d = 1e5, 1e7
+    each = [law["weight"] * np.log(get_law(law["name"]).predict(law["parameters"], n, d)) for law in laws]
+    assert np.exp(sum(each)) == pytest.approx(float(fit.predict(n, d)))
+    assert {law["emphasis"] for law in laws} == {0.0, 0.5, 1.0}
+
+
+def test_a_law_asked_for_is_alone_in_the_forecast(fitted: tuple[FitResult, Runs]) -> None:
+    fit, runs = fitted
+    (law,) = make_forecast(fit, runs, 1e13).laws
+    assert (law["name"], law["weight"], law["emphasis"], law["loss"]) == ("chinchilla", 1.0, None, "huber")
+    assert law["parameters"] == pytest.approx(fit.parameters)
+
+
+@pytest.mark.parametrize("counted", [{"flops": "6nd"}, {"loss_unit": "bits_per_byte"}])
+def test_a_forecast_is_in_the_engines_units(make_sweep: Callable[..., Path], counted: dict[str, str]) -> None:
+    sweep = make_sweep(noise=0.002)
+    for path in sweep.glob("runs/*/record.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "bits_per_byte": record["loss"] / 2}))
+    runs = load_runs(sweep, **counted)
+    with pytest.raises(InputError, match="exact FLOPs and nats per token"):
+        make_forecast(fit_law(runs, "chinchilla", draws=20), runs, 1e13)
+
+
+def test_allocation_counts_as_the_runs_are_counted(make_sweep: Callable[..., Path]) -> None:
+    sweep = make_sweep(noise=0.002)
+    spent = {}
+    for flops in ("exact", "full_attention", "6nd"):
+        runs = load_runs(sweep, flops=flops)
+        assert runs.plan is not None
+        a = allocate(fit_law(runs, "chinchilla", draws=20), 1e13, runs.plan.family)
+        spent[flops] = 1e13 / (a.n_params * a.n_tokens)
+    assert spent["6nd"] == pytest.approx(6)
+    assert spent["full_attention"] > spent["exact"] > 6
 
 
 def test_colours() -> None:

