@@ -145,6 +145,12 @@ def make_run(
             f"{budget[0]}={budget[1]:g} at width {width} is {wanted:.0f} tokens, less than one batch of "
             f"{hyper.batch_tokens}: raise the budget or lower the batch"
         )
+    if recipe_tokens_per_param is not None and hyper.warmup_tokens >= wanted:
+        raise InputError(
+            f"{budget[0]}={budget[1]:g} at width {width} is {wanted:.0f} tokens, within the {hyper.warmup_tokens} of its "
+            f"trunk's warm-up, whose recipe is asked at {recipe_tokens_per_param:g} tokens per parameter: lower "
+            "sweep.trunk_tokens_per_param, or give schedule.warmup_tokens"
+        )
     optim = dataclasses.replace(optim, peak_lr=hyper.peak_lr, weight_decay=hyper.weight_decay, beta2=hyper.beta2)
     return RunSpec(
         shape=shape,

@@ -73,7 +73,7 @@ def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str
     if record:
         out |= {"loss": record.loss, "wall_s": record.wall_s, "reason": record.reason}
         out |= {"progress": record.tokens / spec.tokens, "flops_bought": record.bought_flops}
-    elif run.last_attempt():
+    else:
         rows = run.metrics()
         failure = run.failure() if out["state"] == "failed" else None
         out["progress"] = rows[-1]["tokens"] / spec.tokens if rows else 0.0

@@ -75,6 +75,8 @@ def main() -> None:
     sweep = SweepDir(args.sweep)
     for run_id in args.runs.split(","):
         run = sweep.run(run_id)
+        if run.waits_for() in args.runs.split(","):
+            continue
         told = behaviour.get(str(run.spec().seed))
         while run.failures(os.environ[LAUNCH_VARIABLE]) < 3 and attempt(run, told):
             pass
