@@ -5,7 +5,7 @@ its predictions is measured. Tables: mean |predicted / actual − 1| in percent,
     plain        E + A/N^α + B/D^β, Huber 1e-3 on ln loss, scipy's L-BFGS-B from the best 10 of 4,500
                  starts, to convergence
     default      fit_law's default, the law left to it
-    the others   that law of analysis.laws by fit_law
+    the others   that law by fit_law
 "top": the two largest compute levels held out; where compute comes in no levels, the top 20% of the runs by compute, at
 least a factor of 4. "rolling": everything above 1/3, 1/10 and 1/30 of the largest compute, averaged over those cuts that
 leave enough below (at least --least runs). OLMo's ladder is held out as published: 1B and below predicts 7B and 13B.
@@ -32,6 +32,7 @@ from peers import fit_many_starts, predict
 from tqdm import tqdm
 
 from analysis.inference import fit_law
+from analysis.inference.backtest import LARGE_SWEEP, SMALL_SWEEP
 from analysis.inference.points import compute_levels, points
 from analysis.laws import LAWS
 from analysis.runs import Runs
@@ -200,9 +201,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--golden", type=Path, default=GOLDEN, metavar="DIR", help="folder of the golden data")
     parser.add_argument("--only", default="", metavar="TEXT", help="data sets whose name contains this")
-    parser.add_argument(
-        "--law", nargs="+", default=None, help="instead of every law of surfaces that N and D are enough for"
-    )
+    parser.add_argument("--law", nargs="+", default=None, help="instead of the laws of the ensembles")
     parser.add_argument("--draws", type=int, default=100, help="bootstrap refits of the default (default 100)")
     parser.add_argument(
         "--least", type=int, default=12, help="runs that a rolling cut must leave below it (default 12)"
@@ -215,7 +214,7 @@ def main(argv: list[str]) -> None:
     sets = [s for s in golden_sets(args.golden) if args.only in s.name]
     if not sets:
         raise InputError(f"--only {args.only!r}: no data set has that in its name")
-    names = args.law or [name for name, law in LAWS.items() if not law.on_frontier]
+    names = args.law or list(dict.fromkeys((*LARGE_SWEEP, *SMALL_SWEEP)))
     for name in names:
         if name not in LAWS:
             raise InputError(f"--law {name}: valid are {', '.join(LAWS)}")
