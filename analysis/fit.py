@@ -15,10 +15,12 @@ from analysis.decide.answer import Answer, answer
 from analysis.decide.forecast import make_forecast, write_forecast
 from analysis.inference import fit_law
 from analysis.inference.conventions import ConventionFit, compare_conventions
+from analysis.inference.diagnostics import beyond_n_and_d
 from analysis.inference.fitting import DRAWS, LARGE
 from analysis.inference.holdout import hold_out
 from analysis.inference.solver import ROBUST, get_robust
 from analysis.laws import LAWS
+from analysis.laws.surface import get_law
 from analysis.runs import Runs, conventions, load_points, load_runs
 from analysis.show.text import answer_text, forecast_text, hold_out_text
 from scaling.accounting import FLOPS_CONVENTIONS
@@ -115,6 +117,11 @@ def main(argv: list[str]) -> int:
     """Run the command."""
     args = _parser().parse_args(argv)
     robust = get_robust(args.loss)
+    more = beyond_n_and_d(get_law(args.law)) if args.law != "auto" else []
+    if more and (args.hold_out is not None or args.out is not None):
+        raise InputError(
+            f"--law {args.law} needs {', '.join(more)} beside N and D: --hold-out and --out take other laws"
+        )
     if args.draws < 2:
         raise InputError(f"--draws {args.draws}: at least 2")
     path, columns = _data(args.data), _columns(args.columns)

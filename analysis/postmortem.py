@@ -191,7 +191,8 @@ def _refit_text(before: FitResult, outcome: Outcome) -> str:
 
     after, target = outcome.refit, outcome.next_target
     assert after is not None
-    lines = [f"{'law ' + before.law:<24} {'before':>12} {'with the flagship':>20}"]
+    laws = " → ".join(dict.fromkeys((before.law, after.law)))
+    lines = [f"{'law ' + laws:<24} {'before':>12} {'with the flagship':>20}"]
     lines += [
         f"{name:<24} {value:>12.5g} {after.parameters[name]:>20.5g}" for name, value in before.parameters.items()
     ]

@@ -12,7 +12,7 @@ from analysis.decide.allocate import Allocation, allocate, flops_per_token_of, p
 from analysis.decide.forecast import extrapolation_warnings
 from analysis.inference import FitResult
 from analysis.inference.conventions import ConventionFit
-from analysis.inference.diagnostics import Diagnostics, diagnose, inseparable
+from analysis.inference.diagnostics import Diagnostics, beyond_n_and_d, diagnose, inseparable
 from analysis.inference.isoflop import LossSurface, approach_2_bias, at_budget, disagreement
 from analysis.inference.points import points
 from analysis.inference.solver import HUBER, Robust
@@ -107,6 +107,10 @@ def answer(
     for budget in budgets:
         if not 0 < budget < float("inf"):
             raise InputError(f"--budget {budget:g}: must be a positive number of FLOPs")
+    if (more := beyond_n_and_d(fit.surface)) and (target_loss is not None or at):
+        raise InputError(
+            f"--law {fit.law} needs {', '.join(more)} beside N and D: it has no answer to --target-loss or --predict"
+        )
     allocations, refused = _allocations(fit, runs, budgets)
     far = max(fit.extrapolation_ratio(b) for b in budgets)
     target = None
@@ -136,6 +140,8 @@ def _allocations(
     """Every budget's allocation, or why there is none."""
     if fit.surface.on_frontier:
         return (), (f"the law {fit.law} is one of compute alone: it has no N* and D*",)
+    if more := beyond_n_and_d(fit.surface):
+        return (), (f"the law {fit.law} is not asked about budgets: it needs {', '.join(more)} beside N and D",)
     if reason := inseparable(points(runs)):
         return (), (f"no N* and D*: {reason}; --predict gives the loss at sizes like theirs",)
     family = runs.plan.family if runs.plan is not None else None
@@ -147,8 +153,10 @@ def _allocations(
 
 def _watched(
     fit: FitResult, runs: Runs, allocations: Sequence[Allocation], budget_flops: float
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """N and D at which a run's influence is told: the last budget's optimum, or that budget at the runs' mean D/N."""
+    if beyond_n_and_d(fit.surface):
+        return None
     if allocations:
         return allocations[-1].n_params, allocations[-1].n_tokens
     ratio = float(np.exp(np.log(runs.table["n_tokens"] / runs.table["n_params"]).mean()))

@@ -14,7 +14,7 @@ import numpy as np
 from analysis.inference.fitting import LARGE, FitResult
 from analysis.inference.points import Points, frontier_rows, points
 from analysis.inference.solver import HUBER, Robust, log_predictions, resolve
-from analysis.laws.law import Floats, complete
+from analysis.laws.law import Floats, Law, complete
 from analysis.runs import Runs
 
 OUTLIER = 3.5
@@ -90,12 +90,13 @@ class Diagnostics:
         return asdict(self)
 
 
-def diagnose(fit: FitResult, runs: Runs, target: tuple[float, float], robust: Robust = HUBER) -> Diagnostics:
+def diagnose(fit: FitResult, runs: Runs, target: tuple[float, float] | None, robust: Robust = HUBER) -> Diagnostics:
     """Residuals, outliers, influence and identification of a fit.
 
     Args:
         runs: that `fit` was fitted on.
-        target: N and D at which the effect on the predicted loss is told.
+        target: N and D at which the effect on the predicted loss is told; None: those of the largest run, for a law that
+            needs more than N and D.
         robust: the loss that the reported law was fitted with.
     """
     data, law = points(runs), fit.surface
@@ -139,7 +140,7 @@ def _effects(
     values: Floats,
     z: Floats,
     outliers: np.ndarray,
-    target: tuple[float, float],
+    target: tuple[float, float] | None,
     robust: Robust,
 ) -> tuple[tuple[Effect, ...], tuple[Effect, ...]]:
     """Of the outliers, and of the runs whose absence moves the law's loss at the target most.
@@ -155,10 +156,10 @@ def _effects(
     if n > _ALL_BELOW:
         candidates = np.union1d(outliers, [*np.argsort(-np.abs(z))[:_MOST], *np.argsort(data.log_flops)[-_MOST:]])
     refit = resolve(law, data.columns, data.loss, values, _without(candidates, n), robust).values
-    n_params, n_tokens = target
-    there = complete(
-        {"n_params": [n_params], "n_tokens": [n_tokens], "flops": [6 * fit.flops_ratio * n_params * n_tokens]}
-    )
+    there: Mapping[str, Floats] = data.take(np.array([np.argmax(data.log_flops)])).columns
+    if target is not None:
+        pairs = target[0] * target[1]
+        there = complete({"n_params": [target[0]], "n_tokens": [target[1]], "flops": [6 * fit.flops_ratio * pairs]})
     moved = log_predictions(law, refit, there)[:, 0] - log_predictions(law, values[None], there)[0, 0]
     others = candidates[np.argsort(-np.abs(moved))]
     reported = np.concatenate([outliers, others[~np.isin(others, outliers)][:_INFLUENTIAL]])
@@ -203,7 +204,7 @@ def identified(fit: FitResult, data: Points) -> dict[str, bool]:
     where the runs do not tell N from D; all where a law goes through every run. A parameter that the law holds or ties
     counts as identified.
     """
-    linear = {q.name for q in fit.surface.domain if q.linear}
+    coefficients = {"A", "B"} | {q.name for q in fit.surface.domain if q.linear}
     apart = fit.surface.on_frontier or inseparable(data) is None
     out = {}
     for name, draws in fit.samples.items():
@@ -218,8 +219,13 @@ def identified(fit: FitResult, data: Points) -> dict[str, bool]:
         elif low < 0:
             out[name] = high < 0
         else:
-            out[name] = apart and fit.parameters[name] > 0 and high <= (30 if name in linear else 3) * low
+            out[name] = apart and fit.parameters[name] > 0 and high <= (30 if name in coefficients else 3) * low
     return out
+
+
+def beyond_n_and_d(law: Law) -> list[str]:
+    """The variables that a law needs and that N and D do not give, so that it cannot be asked about a budget."""
+    return [name for name in law.variables if name not in complete({"n_params": 1.0, "n_tokens": 1.0})]
 
 
 def inseparable(data: Points) -> str | None:

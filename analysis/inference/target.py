@@ -60,7 +60,7 @@ def cheapest(
         side = (
             f"at or above what the smallest run's compute ({np.exp(low):.3g} FLOPs) buys when spent well"
             if loss >= worst
-            else f"below what even 1e12 times the largest run's compute buys, the floor of the fit"
+            else "below what even 1e12 times the largest run's compute buys, the floor of the fit"
         )
         raise InputError(f"--target-loss {loss:g} is {side}: give a loss between {best:.4g} and {worst:.4g}")
     centre = _crossing(lambda x: float(np.log(fit.predict(*at(x)) / loss)), low, high)

@@ -18,9 +18,9 @@ from analysis.decide.answer import answer
 from analysis.decide.forecast import make_forecast, write_forecast
 from analysis.fit import drop, main
 from analysis.inference import fit_law
-from analysis.inference.points import points
+from analysis.inference.points import frontier_rows, points
 from analysis.inference.solver import ROBUST, objective
-from analysis.laws.surface import get_law
+from analysis.laws.surface import LAWS, get_law
 from analysis.postmortem import fitted_runs
 from analysis.runs import load_runs
 from analysis.show.numbers import rounded
@@ -198,13 +198,40 @@ def test_one_ray_has_no_optimum_and_no_false_digits(tmp_path: Path, capsys: pyte
     path = write_runs(
         tmp_path / "ray.csv", [(n, 20 * n, 1.7 + 400 / n**0.34 + 410 / (20 * n) ** 0.28) for n in sizes]
     )
-    found = answer_of(capsys, "--data", path)
-    assert found["allocations"] == []
-    assert any("no N* and D*: the runs lie on one tokens-per-parameter ray" in w for w in found["warnings"])
     main(["--data", path, "--draws", "20"])
     out = capsys.readouterr().out
+    assert "compute-optimal for a budget" not in out
+    assert "no N* and D*: the runs lie on one tokens-per-parameter ray" in out
     assert re.search(r"\n  alpha +not identified", out)
     assert re.search(r"\n  A +not identified", out)
+
+
+def test_a_law_of_more_than_n_and_d_is_fitted_and_not_asked(
+    make_sweep: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data", str(make_sweep()), "--law", "width_depth")
+    found = answer_of(capsys, *data)
+    assert found["allocations"] == []
+    assert any("needs width, depth beside N and D" in w for w in found["warnings"])
+    for asked in (["--target-loss", "3"], ["--hold-out"], ["--out", "nowhere"]):
+        with pytest.raises(InputError, match="needs width, depth"):
+            main([*data, *asked, "--draws", "20"])
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_every_law_answers_or_says_what_it_lacks(
+    law: str, make_sweep: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = make_sweep()
+    data, form = points(load_runs(sweep)), get_law(law)
+    data = data.take(frontier_rows(data)) if form.on_frontier else data
+    asked = ["--data", str(sweep), "--law", law, "--draws", "5", "--budget", "1e13"]
+    if data.n_cells < len(form.free):
+        with pytest.raises(InputError, match="too few"):
+            main(asked)
+    else:
+        main(asked)
+        assert f"law {law}:" in capsys.readouterr().out
 
 
 def test_equal_losses_have_no_optimum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

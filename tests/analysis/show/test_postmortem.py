@@ -8,6 +8,9 @@ import sys
 import pytest
 
 from analysis import postmortem
+from analysis.decide import make_forecast
+from analysis.inference import fit_law
+from analysis.inference.solver import ROBUST
 from scaling.errors import InputError
 from scaling.records import Forecast, RunRecord
 
@@ -70,6 +73,19 @@ def test_the_refit_uses_the_forecasts_runs_and_the_flagship(demo):
     assert target["flops"] == pytest.approx(10 * demo.flagship.flops["exact"])
     assert target["loss"] < demo.flagship.loss
     assert target["interval_90"][0] < target["loss"] < target["interval_90"][1]
+
+
+def test_the_refit_is_made_as_the_forecast_was(demo):
+    assert len(demo.forecast.laws) > 1
+    assert postmortem.fitted_as(demo.forecast) == ("auto", ROBUST["huber"])
+    fit = fit_law(demo.runs, "tied", draws=20, robust=ROBUST["asymmetric"])
+    alone = make_forecast(fit, demo.runs, 1e13)
+    assert postmortem.fitted_as(alone) == ("tied", ROBUST["asymmetric"])
+    before, _, _ = postmortem.refit(demo.flagship_dir, alone, demo.flagship, demo.path / "sweep")
+    assert before.law == "tied"
+    assert before.parameters == pytest.approx(fit.parameters, rel=1e-6)
+    emphasised = dataclasses.replace(alone, laws=[{**alone.laws[0], "emphasis": 0.5}])
+    assert postmortem.fitted_as(emphasised)[0] == "auto"
 
 
 @pytest.mark.parametrize(
