@@ -65,8 +65,19 @@ def points(runs: Runs) -> Points:
     keys = [c for c in t.columns if c not in ("run_id", "status", "seed", "loss", "flops", "trunk")]
     cell = t.groupby([t[k] for k in keys], dropna=False).ngroup().to_numpy()
     columns = complete({name: t[name].to_numpy(float) for name in VARIABLES if name in t})
-    group = t["trunk"].astype("category").cat.codes.to_numpy() if "trunk" in t else None
+    group = _joined(cell, t["trunk"].astype("category").cat.codes.to_numpy()) if "trunk" in t else None
     return Points(columns, t["loss"].to_numpy(float), cell, tuple(t["run_id"]), group)
+
+
+def _joined(cell: np.ndarray, trunk: np.ndarray) -> np.ndarray:
+    """(n,) int: one number for the runs that any chain of shared cells and trunks joins."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    size = int(cell.max()) + 1 + int(trunk.max()) + 1
+    links = coo_array((np.ones(len(cell)), (cell, cell.max() + 1 + trunk)), shape=(size, size))
+    joined: np.ndarray = connected_components(links, directed=False)[1][cell]
+    return joined
 
 
 def frontier_rows(data: Points, tolerance: float = 0.05) -> np.ndarray:

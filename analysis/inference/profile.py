@@ -1,10 +1,12 @@
 """Profile intervals: how far a parameter may move, the others following, before the fit is significantly worse.
 
 With F_j(v) the least objective with parameter j held at v, the interval is where
-    t(v)² = 2·(F_j(v) − F_min)/λ_j ≤ t²,  λ_j = (H⁻¹·K·H⁻¹)_jj/(H⁻¹)_jj,  H = Σ ψ′_i·j_i·j_iᵀ,  K = n/(n − p)·Σ ψ_i²·j_i·j_iᵀ
-with j_i the gradient of residual i and t Student's quantile with n − p degrees of freedom (χ²₁'s root as n grows): the
-likelihood ratio of an M-estimate, whose λ_j makes it hold where noise differs between runs (Kent 1982, Biometrika 69:19).
-With noise alike, λ_j is mean ψ²/mean ψ′ (Schrader & Hettmansperger 1980, Biometrika 67:93); with squared residuals, s².
+    t(v)² = 2·(F_j(v) − F_min)/λ_j ≤ t²,  λ_j = (H⁻¹·K·H⁻¹)_jj/(H⁻¹)_jj,
+    H = Σ ψ′_i·j_i·j_iᵀ,  K = Σ (ψ_i/(1 − h_i))²·j_i·j_iᵀ,  h_i = ψ′_i·j_iᵀ·H⁻¹·j_i
+with j_i the gradient of residual i, h_i its leverage (MacKinnon & White 1985, J. Econometrics 29:305) and t Student's
+quantile with n − p degrees of freedom (χ²₁'s root as n grows): the likelihood ratio of an M-estimate, whose λ_j makes it
+hold where noise differs between runs (Kent 1982, Biometrika 69:19). With noise alike λ_j is, leverage apart,
+mean ψ²/mean ψ′ (Schrader & Hettmansperger 1980, Biometrika 67:93); with squared residuals, their variance.
 It follows the curve of the objective where a bootstrap of few runs, or a standard error, cannot: a side on which the
 objective never rises is open, and the parameter is not identified there. Runs count as independent.
 """
@@ -29,6 +31,8 @@ _REACH = 1e6
 _TOLERANCE = 0.01
 """Relative error of t(v) at which an end is found."""
 _TRIES = 24
+_MOST_LEVERAGE = 0.9
+"""Of one run on its own residual: above, the rest say nothing of it."""
 
 
 def profile_intervals(
@@ -106,15 +110,18 @@ class _Profile:
             r, jac = np.log(y / loss), jac / y
         else:
             r = y - loss
-        n, p = len(r), len(x)
         moves = np.diag(1e-6 * np.maximum(np.abs(x), 1e-3))
         ends = model.outward(np.stack([x - moves, x + moves]))[..., self.index]
         unit = 1 / np.sqrt(np.maximum((jac**2).sum(1), 1e-300))
         g = (ends[1] - ends[0]) / (2 * np.diag(moves)) * unit
         jac = jac * unit[:, None]
-        psi = self.robust.weigh(r, np.ones(n)) * np.clip(r, -self.robust.delta, self.robust.delta)
-        row = np.linalg.pinv((jac * _smoothed_slope(r, self.robust)) @ jac.T, hermitian=True) @ g
-        variance = n / (n - p) * float(((row @ jac * psi) ** 2).sum())
+        psi = self.robust.weigh(r, np.ones(len(r))) * np.clip(r, -self.robust.delta, self.robust.delta)
+        slope = _smoothed_slope(r, self.robust)
+        inverse = np.linalg.pinv((jac * slope) @ jac.T, hermitian=True)
+        leverage = slope * np.einsum("pn,pq,qn->n", jac, inverse, jac)
+        row = inverse @ g
+        left_out = psi / (1 - np.minimum(leverage, _MOST_LEVERAGE))
+        variance = float(((row @ jac * left_out) ** 2).sum())
         own = float(g @ row)
         return max(variance / own if own > 0 else np.inf, 1e-28), max(float(np.sqrt(variance)), 1e-9)
 

@@ -143,6 +143,43 @@ def test_every_law_is_recovered_from_its_own_predictions(name: str) -> None:
     assert found.values[0] == pytest.approx(law.values(EXAMPLES[name]), rel=1e-4)
 
 
+def _drawn(name: str, rng: np.random.Generator, columns: dict[str, Floats]) -> dict[str, float]:
+    """A law of plausible curves, each term .2 to 2 at the centre of the runs."""
+    centre = {k: float(np.exp(np.log(v).mean())) for k, v in columns.items()}
+    if name == "broken":
+        s = rng.uniform(0.03, 0.3)
+        return {
+            "L_inf": rng.uniform(0.5, 2.5), "a": rng.uniform(0.3, 2) * centre["flops"] ** s, "s": s,
+            "c1": rng.uniform(-0.8 * s, 0.2), "log10_d1": rng.uniform(17, 21), "f1": rng.uniform(0.15, 1.5),
+        }  # fmt: skip
+    if name == "farseer":
+        curves = [(-0.08, 0.08), (-1.9, -0.5), (-0.15, 0.15), (-1.6, 0.4), (-0.2, -0.02), (0.0, 1.1)]
+        slope_1, at_1, slope_2, at_2, slope_3, at_3 = (rng.uniform(*ends) for ends in curves)
+        p1, p2, p3 = rng.uniform(-0.3, 0.3, 3)
+        model = LAWS[name].bind(columns)
+        inner = np.array([slope_1, at_1, p1, slope_2, at_2, p2, slope_3, at_3, p3])
+        return LAWS[name].parameters(model.outward(inner))
+    alpha, beta = rng.uniform(0.15, 0.6, 2)
+    return {
+        "E": rng.uniform(0.5, 2.5), "alpha": alpha, "beta": beta, "A": rng.uniform(0.2, 2) * centre["n_params"] ** alpha,
+        "B": rng.uniform(0.2, 2) * centre["n_tokens"] ** beta,
+        "R_D": float(np.exp(rng.uniform(0.7, 4))), "R_N": float(np.exp(rng.uniform(0.7, 4))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["chinchilla", "data_constrained", "broken", "farseer"])
+def test_the_starts_find_the_minimum_of_random_surfaces(name: str) -> None:
+    """Of 20 of each, without noise, at most one is missed; broken ones, whose break may be sharp, are the hardest."""
+    law, columns = get_law(name), _runs()
+    missed = []
+    for seed in range(20):
+        loss = law.predict(_drawn(name, np.random.default_rng(seed), columns), **columns)
+        found = solve(law, columns, loss)
+        if found.objective[0] > 1e-14 or not found.converged[0]:
+            missed.append(seed)
+    assert len(missed) <= (1 if name == "broken" else 0), missed
+
+
 @pytest.mark.parametrize("name", sorted(name for name, law in LAWS.items() if law.nested))
 def test_a_law_fits_no_worse_than_the_one_it_contains(name: str) -> None:
     """On noisy runs of the contained law, which tell nothing of the rest."""

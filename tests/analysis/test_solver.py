@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def _columns(n: Floats, d: Floats) -> dict[str, Floats]:
 
 
 def epoch(golden: Path) -> tuple[dict[str, Floats], Floats]:
-    frame = pd.read_csv(golden / "epoch_svg" / "points.csv").sort_values("loss").iloc[:-5]
+    """The 240 points of lowest loss, in the file's order."""
+    frame = pd.read_csv(golden / "epoch_svg" / "points.csv")
+    frame = frame.drop(frame["loss"].nlargest(5).index)
     n, c = frame["Model Size"].to_numpy(float), frame["Training FLOP"].to_numpy(float)
     return _columns(n, c / (6 * n)), frame["loss"].to_numpy(float)
 
@@ -42,6 +45,7 @@ def test_noise_free_surfaces_are_recovered(e: float, alpha: float, beta: float, 
     loss = e + a * n**-alpha + b * d**-beta
     found = solve(get_law("chinchilla"), _columns(n, d), loss)
     assert found.objective[0] < 1e-18
+    assert found.converged[0]
     assert found.values[0] == pytest.approx([e, a, b, alpha, beta], rel=1e-4)
 
 
@@ -59,6 +63,30 @@ def test_epoch_points_reach_the_published_minimum(golden: Path) -> None:
     started = time.process_time()
     solve(law, x, loss)
     assert time.process_time() - started < 0.2  # 10 ms here; slack for a busy machine
+
+
+def test_bootstrap_of_the_epoch_points_is_the_published_one(golden: Path) -> None:
+    """The very resamples of Besiroglu et al. 2024: rows in the file's order, numpy's generator from 42, 4,000 draws."""
+    x, loss = epoch(golden)
+    law = get_law("chinchilla")
+    best = solve(law, x, loss).values[0]
+    legacy = np.random.RandomState(42)
+    weights = np.stack([np.bincount(legacy.choice(240, 240), minlength=240) for _ in range(4000)]).astype(float)
+    started = time.process_time()
+    refit = resolve(law, x, loss, best, weights)
+    assert time.process_time() - started < 2.0  # .4 s here; slack for a busy machine
+    assert refit.converged.all()
+    error = dict(zip(law.free, refit.values.std(0), strict=True))
+    assert error["A"] == pytest.approx(124.5, rel=0.02)
+    assert error["B"] == pytest.approx(1296, rel=0.02)
+    assert (error["E"], error["alpha"], error["beta"]) == pytest.approx((0.0257, 0.0154, 0.0206), abs=1e-4)
+    low, high = np.quantile(refit.values, (0.025, 0.975), axis=0)
+    published = {
+        "E": (1.769, 1.871), "A": (285, 744), "B": (1042, 5810), "alpha": (0.317, 0.373), "beta": (0.331, 0.415),
+    }  # fmt: skip
+    for i, name in enumerate(law.free):
+        tolerance = {"rel": 0.02} if name in "AB" else {"abs": 6e-4}
+        assert (low[i], high[i]) == pytest.approx(published[name], **tolerance)
 
 
 def test_the_minimum_is_stationary_and_no_start_beats_it() -> None:
@@ -111,3 +139,77 @@ def test_every_law_is_recovered_from_its_own_predictions(name: str) -> None:
     n, d = _grid()
     found = solve(law, _columns(n, d), law.predict(true, n, d))
     assert law.parameters(found.values[0]) == pytest.approx(true, rel=1e-4, abs=1e-9)
+
+
+# Properties ----------------------------------------------------------------------------------------------------------
+
+LAW = get_law("chinchilla")
+
+
+def _noisy(seed: int) -> tuple[Floats, Floats, Floats]:
+    n, d = _grid()
+    noise = np.exp(0.01 * np.random.default_rng(seed).standard_normal(len(n)))
+    return n, d, (1.7 + 400 / n**0.34 + 410 / d**0.28) * noise
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 50), by_n=st.floats(1e-3, 1e3), by_d=st.floats(1e-3, 1e3))
+def test_other_units_of_n_and_d_change_their_coefficients_alone(seed: int, by_n: float, by_d: float) -> None:
+    """A → A·by_n^α and B → B·by_d^β."""
+    n, d, loss = _noisy(seed)
+    one = solve(LAW, _columns(n, d), loss)
+    two = solve(LAW, _columns(by_n * n, by_d * d), loss)
+    e, a, b, alpha, beta = one.values[0]
+    assert two.objective[0] == pytest.approx(one.objective[0], rel=1e-8)
+    assert two.values[0] == pytest.approx([e, a * by_n**alpha, b * by_d**beta, alpha, beta], rel=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 50), order=st.randoms(use_true_random=False), copies=st.integers(2, 4))
+def test_order_is_nothing_and_copies_multiply_the_objective(seed: int, order: random.Random, copies: int) -> None:
+    n, d, loss = _noisy(seed)
+    one = solve(LAW, _columns(n, d), loss)
+    rows = list(range(len(n))) * copies
+    order.shuffle(rows)
+    many = solve(LAW, _columns(n[rows], d[rows]), loss[rows])
+    assert many.objective[0] == pytest.approx(copies * one.objective[0], rel=1e-8)
+    assert many.values[0] == pytest.approx(one.values[0], rel=1e-3)
+    again = solve(LAW, _columns(n, d), loss)
+    assert np.array_equal(again.values, one.values)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 50), data=st.data())
+def test_a_weight_of_zero_leaves_a_run_out(seed: int, data: st.DataObject) -> None:
+    n, d, loss = _noisy(seed)
+    kept = np.ones(len(n), bool)
+    kept[data.draw(st.lists(st.integers(0, len(n) - 1), max_size=12))] = False
+    wild = np.where(kept, loss, data.draw(st.floats(0.1, 1e3)))
+    weighted = solve(LAW, _columns(n, d), wild, weights=kept.astype(float))
+    without = solve(LAW, _columns(n[kept], d[kept]), loss[kept])
+    assert weighted.objective[0] == pytest.approx(without.objective[0], rel=1e-6)
+    assert weighted.values[0] == pytest.approx(without.values[0], rel=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(extra=st.lists(st.tuples(st.floats(6, 11), st.floats(8, 13)), min_size=1, max_size=20))
+def test_more_runs_without_noise_change_nothing(extra: list[tuple[float, float]]) -> None:
+    n, d = _grid()
+    more_n, more_d = 10.0 ** np.array(extra).T
+    n, d = np.concatenate([n, more_n]), np.concatenate([d, more_d])
+    found = solve(LAW, _columns(n, d), 1.7 + 400 / n**0.34 + 410 / d**0.28)
+    assert found.converged[0]
+    assert found.values[0] == pytest.approx([1.7, 400, 410, 0.34, 0.28], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from(["chinchilla", "gamma", "kaplan", "data_constrained", "broken", "farseer", "precision"]),
+    loss=st.lists(st.floats(1e-3, 1e3), min_size=8, max_size=12),
+)
+def test_losses_that_no_law_describes_raise_no_warning_and_have_a_finite_fit(name: str, loss: list[float]) -> None:
+    n, d = (v[:: len(v) // len(loss)][: len(loss)] for v in _grid())
+    found = solve(get_law(name), _columns(n, d), np.array(loss))
+    assert np.isfinite(found.objective[0])
+    assert np.isfinite(found.values).all()

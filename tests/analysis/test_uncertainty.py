@@ -1,21 +1,27 @@
-"""Bootstrap, seed noise, prediction intervals, the choice of law by backtest."""
+"""Bootstrap, seed noise, prediction intervals, the ensemble weighed by backtest."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from analysis.inference import FitResult, fit_law
-from analysis.inference.backtest import CANDIDATES
+from analysis.inference.backtest import BASELINE, LARGE_SWEEP, SMALL_SWEEP
 from analysis.inference.holdout import hold_out
 from analysis.inference.points import points, seed_noise
+from analysis.inference.solver import log_predictions
 from analysis.inference.uncertainty import bootstrap, resample_weights, t_quantile
 from analysis.laws import get_law
+from analysis.laws.law import complete
 from analysis.runs import Runs, load_runs
 from scaling.errors import InputError
 
@@ -35,26 +41,6 @@ def simulated(noise: float, seed: int, budgets: int = 5, sizes: int = 7, floor: 
     return Runs(table.assign(status="ok"), "simulated", CONVENTION)
 
 
-def test_bootstrap_of_the_epoch_points_agrees_with_the_published_one(golden: Path) -> None:
-    runs = load_runs(golden / "epoch_svg" / "points.csv")
-    runs = dataclasses.replace(runs, table=runs.table.sort_values("loss").iloc[:-5].reset_index(drop=True))
-    fit = fit_law(runs, "chinchilla", draws=1000)
-    sd = {name: float(np.std(draws)) for name, draws in fit.samples.items()}
-    assert sd["E"] == pytest.approx(0.0257, rel=0.1)
-    assert sd["A"] == pytest.approx(124.5, rel=0.1)
-    assert sd["alpha"] == pytest.approx(0.0154, abs=1e-3)
-    assert sd["beta"] == pytest.approx(0.0206, abs=1.5e-3)
-    for name, published in {"E": (1.769, 1.871), "alpha": (0.317, 0.373), "beta": (0.331, 0.415)}.items():
-        assert fit.intervals[name] == pytest.approx(published, abs=0.006)
-
-
-def test_chinchillas_own_law_stands_on_published_runs(golden: Path) -> None:
-    epoch = load_runs(golden / "epoch_svg" / "points.csv")
-    llama = load_runs(golden / "llama_3" / "points.csv")
-    for runs, rows in ((epoch, slice(None)), (llama, slice(0, 133))):
-        assert fit_law(dataclasses.replace(runs, table=runs.table.iloc[rows]), draws=20).law == "chinchilla"
-
-
 def test_seeds_of_one_cell_are_resampled_together(make_sweep: Callable[..., Path]) -> None:
     data = points(load_runs(make_sweep()))
     assert len(data) == 19
@@ -62,6 +48,20 @@ def test_seeds_of_one_cell_are_resampled_together(make_sweep: Callable[..., Path
     weights = resample_weights(data, 50, 0)
     for cell in np.unique(data.cell):
         assert np.ptp(weights[:, data.cell == cell], axis=1).max() == 0
+
+
+def test_seeds_and_branches_that_are_chained_are_resampled_together() -> None:
+    """Two trunks with a branch of one cell each make one group; a third trunk is by itself."""
+    table = pd.DataFrame(
+        {
+            "run_id": list("abcde"), "n_params": [1e6, 1e6, 1e6, 1e6, 2e6], "n_tokens": [1e8, 2e8, 1e8, 4e8, 1e8],
+            "seed": [0, 0, 1, 1, 0], "trunk": ["t", "t", "u", "u", "v"], "loss": 3.0, "status": "ok",
+        }
+    )  # fmt: skip
+    data = points(Runs(table.assign(flops=6 * table["n_params"] * table["n_tokens"]), "chain", CONVENTION))
+    assert data.group is not None
+    assert len(set(data.group[:4])) == 1
+    assert data.group[4] != data.group[0]
 
 
 def test_seed_noise_is_the_pooled_spread_between_replicates() -> None:
@@ -120,16 +120,59 @@ def test_equal_seeds_give_equal_results() -> None:
     assert one.backtest == two.backtest
 
 
-def test_backtest_chooses_the_law_that_predicts_held_out_compute() -> None:
-    """Chinchilla's law stands when true; a surface without floor is given to the law without one when it wins clearly."""
-    fit = fit_law(simulated(0.002, 1), draws=20)
+def test_the_ensemble_is_weighed_by_what_its_members_foresaw() -> None:
+    """Every law of a large sweep is judged, the weights sum to 1, and the whole predicts whether there is a floor or not."""
+    fit = fit_law(simulated(0.002, 1), draws=50)
+    assert fit.law == "chinchilla"
     assert fit.parameters["E"] > 1
-    assert {row["law"] for row in fit.backtest} == set(CANDIDATES)
-    assert fit.backtest[0]["law"] == fit.law
-    assert sum(r.weight for r in fit.rivals) < 1
-    none = fit_law(simulated(0.002, 1, floor=0.0), draws=20)
-    n, d = none.allocate(1e20)
-    assert float(none.predict(n, d)) == pytest.approx(400 / n**0.34 + 410 / d**0.28, rel=0.02)
+    assert fit.backtest[0]["law"] == "ensemble"
+    assert {row["law"] for row in fit.backtest} == {"ensemble", BASELINE, *LARGE_SWEEP}
+    assert sum(m.weight for m in fit.ensemble.members) == pytest.approx(1)
+    best = min((row for row in fit.backtest if row["law"] in LARGE_SWEEP), key=lambda row: row["rms_error"])
+    assert best["law"] in {m.member.law for m in fit.ensemble.members}
+    for floor in (1.7, 0.0):
+        fit = fit_law(simulated(0.002, 1, floor=floor), draws=50)
+        n, d = fit.allocate(1e20)
+        true = floor + 400 / n**0.34 + 410 / d**0.28
+        assert float(fit.predict(n, d)) == pytest.approx(true, rel=0.02)
+        low, high = fit.predict_interval(n, d, 0.9)
+        assert low < true < high
+
+
+def test_members_of_an_automatic_fit_need_no_more_than_n_and_d() -> None:
+    for name in (*LARGE_SWEEP, *SMALL_SWEEP, BASELINE):
+        assert set(get_law(name).variables) <= {"n_params", "n_tokens", "flops"}
+
+
+@settings(max_examples=15, deadline=None)
+@given(log_c=st.floats(17, 24), log_ratio=st.floats(-1.5, 1.5))
+def test_the_ensemble_lies_between_its_members_and_its_intervals_nest(log_c: float, log_ratio: float) -> None:
+    fit = _fit_once()
+    n = 10**log_c / 120
+    n = float(np.sqrt(n)) * 10**log_ratio
+    d = 10**log_c / (6 * n)
+    columns = complete({"n_params": [n], "n_tokens": [d]})
+    members = [float(log_predictions(m.member.form, m.values[None], columns)[0, 0]) for m in fit.ensemble.members]
+    assert len(members) > 1
+    centre = float(fit.predict(n, d))
+    assert np.exp(min(members)) * (1 - 1e-9) <= centre <= np.exp(max(members)) * (1 + 1e-9)
+    ends = [fit.predict_interval(n, d, level) for level in (0.5, 0.8, 0.9, 0.95)]
+    lows, highs = [float(e[0]) for e in ends], [float(e[1]) for e in ends]
+    assert all(a > b for a, b in itertools.pairwise([centre, *lows]))
+    assert all(a < b for a, b in itertools.pairwise([centre, *highs]))
+
+
+@cache
+def _fit_once() -> FitResult:
+    return fit_law(simulated(0.005, 11), draws=50)
+
+
+def test_the_order_of_the_runs_does_not_matter() -> None:
+    runs = simulated(0.01, 5)
+    mixed = dataclasses.replace(runs, table=runs.table.sample(frac=1, random_state=0).reset_index(drop=True))
+    one, two = (fit_law(r, draws=20) for r in (runs, mixed))
+    assert two.parameters == pytest.approx(one.parameters, rel=1e-4)
+    assert float(two.predict(1e9, 2e10)) == pytest.approx(float(one.predict(1e9, 2e10)), rel=1e-6)
 
 
 def test_small_sweeps_get_a_smaller_law_or_are_refused() -> None:
@@ -160,7 +203,7 @@ def test_hold_out_predicts_the_top_level() -> None:
     assert len(held.rows) == 7
     assert held.fit.n_runs == 28
     assert max(abs(r["relative_error"]) for r in held.rows) < 0.03
-    assert set(CANDIDATES) <= set(held.by_law)
+    assert set(held.by_law) == {"ensemble", *LARGE_SWEEP, *SMALL_SWEEP}
     with pytest.raises(InputError, match="both sides"):
         hold_out(simulated(0.002, 3), 1e25)
 
