@@ -4,7 +4,7 @@ Every schema of the project is a frozen dataclass. `from_dict` refuses unknown k
 types, naming the place; `to_dict` is its inverse; `canonical_json` is the one text that hashes are taken of.
 Field metadata that this module reads:
     identity=False   the field does not decide a run's result and is left out of `identity_dict`
-    absent=VALUE     a field added after version 1: left out of `identity_dict` while it equals VALUE
+    absent=VALUE     a field added after version 1: left out of what is written, hashed and sealed while it equals VALUE
 """
 
 from __future__ import annotations
@@ -115,12 +115,17 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
 def to_dict(obj: Any) -> Any:
     """The inverse of `from_dict`: dataclasses to dictionaries, tuples to lists, all JSON-ready."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: to_dict(getattr(obj, f.name)) for f in dataclasses.fields(obj) if f.init}
+        present = (f for f in dataclasses.fields(obj) if f.init and not _is_absent(f, getattr(obj, f.name)))
+        return {f.name: to_dict(getattr(obj, f.name)) for f in present}
     if isinstance(obj, Mapping):
         return {str(k): to_dict(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple)):
         return [to_dict(v) for v in obj]
     return obj
+
+
+def _is_absent(field: dataclasses.Field[Any], value: Any) -> bool:
+    return "absent" in field.metadata and bool(value == field.metadata["absent"])
 
 
 def identity_dict(obj: Any) -> Any:
@@ -129,9 +134,7 @@ def identity_dict(obj: Any) -> Any:
         out = {}
         for f in dataclasses.fields(obj):
             value = getattr(obj, f.name)
-            if not f.metadata.get("identity", True):
-                continue
-            if "absent" in f.metadata and value == f.metadata["absent"]:
+            if not f.metadata.get("identity", True) or _is_absent(f, value):
                 continue
             out[f.name] = identity_dict(value)
         return out

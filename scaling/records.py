@@ -85,7 +85,7 @@ class RunRecord:
     """Git commit of the code, with "+dirty" when the work tree was changed; None outside a clone."""
     reason: str | None = None
     """Why the run diverged or failed, one line."""
-    start_step: int = 0
+    start_step: int = field(default=0, metadata={"absent": 0})
     """The step of its trunk that the run started from: those before were bought with the trunk; 0: trained all itself."""
 
     @property

@@ -133,7 +133,7 @@ class RunSpec:
     parent saves steps and decides nothing: a branch and the same run trained from its first step have one run_id."""
     parent_step: int | None = field(default=None, metadata=HOST)
     """A branch: the parent's step it starts from."""
-    keep_steps: tuple[int, ...] = field(default=(), metadata=HOST)
+    keep_steps: tuple[int, ...] = field(default=(), metadata={**HOST, "absent": ()})
     """A trunk: steps whose checkpoints are kept for good, because branches start there."""
     contract: int = CODE_CONTRACT
 

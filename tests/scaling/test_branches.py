@@ -107,7 +107,10 @@ def test_run_ids_of_committed_sweeps_stand(name: str) -> None:
     with open(folder / "runs.csv", newline="") as file:
         trained = {row["run_id"] for row in csv.DictReader(file)}
     assert trained
-    assert trained <= {spec.run_id for spec in Plan.read(folder / "plan.json").runs}
+    plan = Plan.read(folder / "plan.json")
+    assert trained <= {spec.run_id for spec in plan.runs}
+    written = json.loads((folder / "plan.json").read_text())["runs"]
+    assert [spec.to_dict() for spec in plan.runs] == written  # as they were hashed into the seals of forecasts
 
 
 @pytest.mark.parametrize(
