@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from scaling.shape import ModelShape
 from train.model.attention import attend
+from train.model.cache import KVCache, LayerCache
 from train.model.loss import linear_cross_entropy
 from train.model.precision import compute_dtype
 
@@ -74,11 +76,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim) if shape.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if shape.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(heads)), cos, sin)
         k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(heads)), cos, sin)
         v_BTGK = self.v_proj(x_BTD).view(heads)
+        if cache is not None:
+            k_BTGK, v_BTGK = cache.extend(k_BTGK, v_BTGK)
         return self.o_proj(attend(q_BTHK, k_BTGK, v_BTGK).flatten(2))
 
 
@@ -105,8 +109,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.width)
         self.mlp = MLP(shape)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin)
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -144,13 +148,31 @@ class Decoder(nn.Module):
             table_TK = torch.empty(shape.seq_len, 1, shape.dim_per_head, dtype=self.dtype)
             self.register_buffer(name, table_TK, persistent=False)
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Final-norm output (B, T, D) in the compute dtype, for ids (B, T), T ≤ seq_len: what the head reads."""
-        length = tokens_BT.shape[1]
-        cos, sin = self.cos[:length], self.sin[:length]
+    @classmethod
+    def of_weights(cls, shape: ModelShape, weights: Mapping[str, Tensor], precision: str = "fp32") -> Decoder:
+        """The model of these weights (a `state_dict`), which it takes without a copy, on their device."""
+        with torch.device("meta"):
+            model = cls(shape, precision)
+        model.load_state_dict(weights, assign=True)
+        if shape.tied_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.cos, model.sin = (t.to(model.lm_head.weight.device, model.dtype) for t in rotary_tables(shape))
+        return model
+
+    def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final-norm output (B, T, D) in the compute dtype, for ids (B, T): what the head reads.
+
+        Args:
+            cache: of the tokens before these, which it then holds too; T is 1 unless it is empty. None: there are none.
+                Together they are seq_len tokens at most.
+        """
+        start = 0 if cache is None else cache.length
+        positions = slice(start, start + tokens_BT.shape[1])
+        cos, sin = self.cos[positions], self.sin[positions]
+        caches = [None] * self.shape.depth if cache is None else cache.layers
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.dtype)
-        for layer in self.model.layers:
-            x_BTD = layer(x_BTD, cos, sin)
+        for layer, layer_cache in zip(self.model.layers, caches, strict=True):
+            x_BTD = layer(x_BTD, cos, sin, layer_cache)
         return self.model.norm(x_BTD)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
