@@ -177,7 +177,7 @@ def test_a_trunk_that_fails_fails_its_branches_and_the_next_launch_tries_again(
 
 SETTINGS = [
     "model=smoke", "model.vocab_size=300", "data=text", f"data.path='{Path(asyncio.__file__).parent}/*.py'",
-    "tokens=7680,15360,30720", "seed=0,1", "batch_tokens=256", "optim.peak_lr=0.02", "schedule.warmup_tokens=1280",
+    "tokens=5120,10240,20480", "seed=0,1", "batch_tokens=256", "optim.peak_lr=0.02", "schedule.warmup_tokens=1280",
     "eval.tokens=4096", "eval.points=2", "launcher.workers=2", "launcher.checkpoint_every_s=0.1",
 ]  # fmt: skip
 
@@ -199,6 +199,14 @@ def finish(launcher: subprocess.Popen[str]) -> str:
     return errors
 
 
+def wait_for_file(launcher: subprocess.Popen[str], sweep: SweepDir, pattern: str) -> None:
+    deadline = time.monotonic() + 120
+    while not list(sweep.runs.glob(pattern)):
+        assert launcher.poll() is None, launcher.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def kill_workers(sweep: SweepDir) -> int:
     """Kill -9 whatever holds a run now; how many there were."""
     held = [run for run in (sweep.run(spec.run_id) for spec in sweep.plan().runs) if run.is_leased()]
@@ -217,19 +225,14 @@ def test_killed_in_the_trunk_and_in_a_branch_the_same_command_finishes_each_run_
     losses = {record.run_id: record.loss for record in apart.records()}
     assert len(set(losses.values())) == 6
 
-    for wanted in (
-        "*.pt",
-        "*.keep.pt",
-    ):  # any checkpoint: within a trunk; a branch point: branches are about to start
-        launcher = start(cache, sweep, "sweep.branches=true")
-        deadline = time.monotonic() + 120
-        while not list(sweep.runs.glob(f"*/checkpoints/{wanted}")):
-            assert launcher.poll() is None, launcher.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        launcher.kill()
-        launcher.communicate()
-        assert kill_workers(sweep) >= 1
+    launcher = start(cache, sweep, "sweep.branches=true")
+    wait_for_file(launcher, sweep, "*/checkpoints/step-*.pt")
+    assert kill_workers(sweep) >= 1  # in a trunk
+    branch = next(spec for spec in sweep.plan().runs if spec.parent_run_id)
+    wait_for_file(launcher, sweep, f"{branch.run_id}/attempts/0001/lease.json")
+    launcher.kill()
+    launcher.communicate()
+    kill_workers(sweep)
     finish(start(cache, sweep, "sweep.branches=true"))
 
     plan = sweep.plan().runs
