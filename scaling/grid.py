@@ -36,6 +36,8 @@ class Grid:
     """Lists of settings; a value that is a list makes the point a product."""
     target_flops: float | None = None
     """Compute of the run that this grid is meant to forecast."""
+    adaptive: bool = False
+    """The points are a pilot; rounds of chosen runs follow (scaling.rounds)."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,20 @@ class SweepSettings:
     """Every run's FLOPs times this: width times its fourth root, tokens (where they are given) times its square root."""
     seed_offset: int = 0
     """Added to every run's seed: another draw of the whole grid."""
+    wait: bool = True
+    """launcher=slurm: stay until the jobs are through; False: submit them and end."""
+    any_commit: bool = False
+    """launcher=slurm: go on with a sweep that was planned with other code."""
     branches: bool = False
     """Runs that differ in length alone share a trunk: its stable phase is trained once. Needs a WSD schedule."""
+    recentre: bool = False
+    """From the third IsoFLOP budget on, sizes move to the N* that the runs before say (scaling.rounds)."""
+    budget_flops: float | None = None
+    """+grid=adaptive: exact FLOPs of the whole sweep. Exactly one of this and budget_gpu_hours."""
+    budget_gpu_hours: float | None = None
+    """+grid=adaptive: estimated hours of `hardware`."""
+    rounds: int = 2
+    """+grid=adaptive: how often runs are chosen after the pilot."""
     trunk_tokens_per_param: float = 20.0
     """With branches the recipe is asked at D = this times N (body and head), whatever a run's own length: runs of one
     trunk have one learning rate, batch and warm-up, also those that are added later."""
@@ -60,6 +74,10 @@ class SweepSettings:
         for name in ("compute_scale", "trunk_tokens_per_param"):
             if not getattr(self, name) > 0:
                 raise InputError(f"sweep.{name} = {getattr(self, name)}: must be positive")
+        for name in ("budget_flops", "budget_gpu_hours", "rounds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"sweep.{name} = {value}: must be positive")
 
 
 @dataclass(frozen=True)
@@ -237,9 +255,11 @@ def _grid(config: Mapping[str, Any]) -> Grid:
     return from_dict(Grid, config["grid"], "grid")
 
 
-def expand_grid(overrides: Sequence[str]) -> GridRuns:
+def expand_grid(overrides: Sequence[str], points: Sequence[Sequence[str]] | None = None) -> GridRuns:
     """The runs of a command line: `+grid=NAME` and settings; a setting with several values (a,b,c) is an axis.
 
+    Args:
+        points: instead of the grid's.
     Raises:
         InputError: unknown grid, group or setting; a value that does not fit; a shape or budget that cannot be.
     """
@@ -248,6 +268,8 @@ def expand_grid(overrides: Sequence[str]) -> GridRuns:
     own_axes = [text for text in overrides if compose.parse_override(text).is_sweep_override()]
     command = [text for text in overrides if text not in own_axes]
     grid = _grid(compose.load("sweep", command))
+    if points is not None:
+        grid = dataclasses.replace(grid, points=[list(point) for point in points])
     base = [*grid.overrides, *command]
     config = compose.load("sweep", base)
     sweep = from_dict(SweepSettings, config["sweep"], "sweep")

@@ -1,4 +1,4 @@
-"""Runs to a finished sweep on this machine: corpus, plan, worker pool, runs.csv; the same call resumes, retries, extends."""
+"""Runs to a finished sweep, here or on SLURM: corpus, plan, workers, runs.csv; the same call resumes, retries, extends."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from scaling.pool import WorkerError, WorkerPool, terminate_as_interrupt, train_
 from scaling.progress import Progress
 from scaling.provenance import git_commit, utc_now
 from scaling.records import DataManifest, Plan
+from scaling.slurm.jobs import SlurmJobs
+from scaling.slurm.launcher import SlurmLauncher
 from scaling.spec import DataSpec, RunSpec
 from scaling.sweepdir import SweepDir, check_writable, default_cache
 from scaling.table import write_runs_csv
@@ -73,9 +75,10 @@ def launch(
     sweep: SweepDir,
     grid: GridRuns,
     overrides: Sequence[str],
-    launcher: LocalLauncher,
+    launcher: LocalLauncher | SlurmLauncher,
     wandb: str = "disabled",
     worker_command: Sequence[str] | None = None,
+    hardware: str = "cpu",
 ) -> int:
     """Plan the grid's runs into the sweep's folder, train those that are missing or failed, and write runs.csv.
 
@@ -83,15 +86,23 @@ def launch(
         sweep: the folder; a plan that is there already is added to.
         grid: the runs.
         overrides: the command line, kept in the plan.
-        launcher: how many workers.
+        launcher: where the workers run, and how many.
         wandb: disabled | offline | online.
         worker_command: a worker's command line; None: `python -m train.run`.
+        hardware: the device that run times are estimated for: the longest run starts first.
     Returns:
-        Exit status: 0 when every run of this call is done or diverged, 1 when some failed.
+        Exit status: 0 when every run of this call is done or diverged, or submitted with sweep.wait=false; 1 when some
+        failed.
     Raises:
-        InputError: a folder that cannot be written, a corpus that cannot be used or is too small, another sweep's folder.
+        InputError: a folder that cannot be written, a corpus that cannot be used or is too small, another sweep's
+            folder, jobs that the cluster cannot run, a plan made with other code.
     """
     check_one_corpus(grid.specs)
+    if isinstance(launcher, SlurmLauncher):
+        launcher.check_cluster()
+        check_commit(sweep, grid.sweep.any_commit)
+    elif not grid.sweep.wait:
+        raise InputError("sweep.wait=false needs launcher=slurm: a sweep on this machine ends with its launcher")
     existed = sweep.path.exists()
     check_writable(sweep.path)
     try:
@@ -103,7 +114,11 @@ def launch(
             with _launcher_lock(sweep):
                 with _file_errors():
                     write_plan(sweep, grid, specs, manifest, overrides)
-                return _train(sweep, specs, launcher, wandb, worker_command)
+                command = [*(worker_command or train_worker()), *launcher.worker_options(), "--wandb", wandb]
+                pool = _pool(sweep, specs, launcher, command, hardware, grid.sweep.any_commit)
+                if isinstance(pool, SlurmJobs) and not grid.sweep.wait:
+                    return _submit(pool, sweep)
+                return _train(sweep, specs, pool)
     except BaseException:
         if not existed and not sweep.plan_json.exists():
             _remove_empty(sweep)
@@ -118,26 +133,45 @@ def _remove_empty(sweep: SweepDir) -> None:
         sweep.path.rmdir()
 
 
-def _train(
-    sweep: SweepDir, specs: list[RunSpec], launcher: LocalLauncher, wandb: str, worker_command: Sequence[str] | None
-) -> int:
-    """The pool, and what is left to say when it is through."""
-    cpu = find_device("cpu")
-    longest_first = sorted(specs, key=lambda spec: run_seconds(spec, cpu), reverse=True)
-    command = [*(worker_command or train_worker()), *launcher.worker_options(), "--wandb", wandb]
+def _pool(
+    sweep: SweepDir,
+    specs: list[RunSpec],
+    launcher: LocalLauncher | SlurmLauncher,
+    command: list[str],
+    hardware: str,
+    any_commit: bool,
+) -> WorkerPool | SlurmJobs:
+    """Workers of this machine, or jobs; the longest run first."""
+    device = find_device("cpu" if launcher.device == "cpu" else hardware)
+    seconds = {spec.run_id: run_seconds(spec, device) for spec in specs}
     threads = str(launcher.threads)
-    pool = WorkerPool(
-        sweep,
-        [spec.run_id for spec in longest_first],
-        launcher.pool_size,
-        command,
-        {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
-        launcher.max_attempts,
-    )
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    if isinstance(launcher, SlurmLauncher):
+        environment["ISOFLOP_CACHE"] = str(default_cache().absolute())
+        return SlurmJobs(sweep, specs, seconds, launcher, command, environment, any_commit)
+    longest_first = sorted(seconds, key=lambda run_id: seconds[run_id], reverse=True)
+    return WorkerPool(sweep, longest_first, launcher.pool_size, command, environment, launcher.max_attempts)
+
+
+def _submit(jobs: SlurmJobs, sweep: SweepDir) -> int:
+    """The jobs submitted, and no waiting for them."""
+    count = jobs.submit_missing()
+    if count is None:
+        raise InputError("SLURM's controller does not answer: nothing was submitted; try again when it is back")
+    print(f"{sweep.path}: {len(jobs.open)} runs open, {count} jobs submitted; python -m scaling.status {sweep.path}")
+    return 0
+
+
+def _train(sweep: SweepDir, specs: list[RunSpec], pool: WorkerPool | SlurmJobs) -> int:
+    """The workers, and what is left to say when they are through."""
     started = time.monotonic()
     with Progress(sweep, specs) as progress, _file_errors():
         try:
             pool.run(progress.update)
+        except KeyboardInterrupt:
+            if isinstance(pool, SlurmJobs):
+                print("the jobs go on; scancel ends them", file=sys.stderr)
+            raise
         except WorkerError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -149,6 +183,22 @@ def _train(
     for run_id, reason in pool.failed.items():
         print(f"failed: {run_id}: {reason} (the whole story is in {sweep.run(run_id).attempts})", file=sys.stderr)
     return 1 if states["failed"] else 0
+
+
+def check_commit(sweep: SweepDir, any_commit: bool) -> None:
+    """Refuse to go on with a sweep that other code planned: jobs that wait in the queue import the code when they start.
+
+    Raises:
+        InputError: the plan's commit is not this one, and any_commit is not set.
+    """
+    if any_commit or not sweep.plan_json.exists():
+        return
+    planned, now = sweep.plan().commit, git_commit()
+    if planned != now:
+        raise InputError(
+            f"{sweep.path} was planned with code {planned}, this is {now}: check that commit out, or, if the change "
+            "does not touch what runs train to, give sweep.any_commit=true"
+        )
 
 
 def check_one_corpus(specs: Sequence[RunSpec]) -> None:

@@ -51,6 +51,9 @@ class WorkerPool:
         command: Sequence[str],
         environment: Mapping[str, str],
         max_attempts: int,
+        launch: str | None = None,
+        logs: Path | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -60,13 +63,17 @@ class WorkerPool:
             command: a worker's command line; `--sweep DIR --runs ID,ID,…` is added.
             environment: added to this process's own.
             max_attempts: failures of one run, by an exception or its worker's death, before it is given up.
+            launch: whose failures count; None: a launch of its own.
+            logs: folder of the workers' output; None: the sweep's runs.
+            gpus: devices that the workers share, each on one, turn by turn; none: CUDA's own choice.
         """
         self.sweep = sweep
         self.open = {run_id: sweep.run(run_id) for run_id in run_ids}
         self.failed: dict[str, str] = {}
         """Runs given up, with the reason."""
         self._size, self._command, self._environment = workers, list(command), dict(environment)
-        self._max_attempts, self._launch = max_attempts, os.urandom(8).hex()
+        self._max_attempts, self._launch = max_attempts, launch or os.urandom(8).hex()
+        self._logs, self._gpus = logs or sweep.runs, list(gpus)
         self._deaths: Counter[str] = Counter()
         self._workers: dict[int, _Worker] = {}
         self._idle_exits = 0
@@ -169,16 +176,17 @@ class WorkerPool:
             self._spawned_s = time.monotonic()
 
     def _start(self, slot: int) -> _Worker:
-        log = self.sweep.worker_log(slot)
+        log = self._logs / f"worker-{slot}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         runs = ",".join(run_id for run_id in self.open if run_id not in self.failed)
+        own = {"CUDA_VISIBLE_DEVICES": self._gpus[slot % len(self._gpus)]} if self._gpus else {}
         with open(log, "wb") as output:
             process = subprocess.Popen(
                 [*self._command, "--sweep", str(self.sweep.path), "--runs", runs],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **self._environment, LAUNCH_VARIABLE: self._launch},
+                env={**os.environ, **self._environment, **own, LAUNCH_VARIABLE: self._launch},
                 process_group=0,  # a terminal's Ctrl-C goes to the launcher alone, which then asks the workers
             )
         return _Worker(process, log)

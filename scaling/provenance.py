@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -31,6 +32,20 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+dirty" if changed.stdout.strip() else "")
+
+
+def slurm_ids() -> dict[str, str] | None:
+    """The SLURM job that this process belongs to: job (12 or 12_3), restarts, node, cluster; None outside one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return {
+        "job": job if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}",
+        "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "node": os.environ.get("SLURMD_NODENAME", ""),
+        "cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),
+    }
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from scaling.cost import pool_seconds, run_seconds
 from scaling.errors import InputError, run_command
 from scaling.grid import GridRuns, expand_grid, read_grid
 from scaling.hardware import find_device
+from scaling.rounds import describe_rounds, run_rounds
 from scaling.spec import RunSpec
 from scaling.sweepdir import SweepDir
 from scaling.text import readable_time, table
@@ -21,8 +22,8 @@ from scaling.text import readable_time, table
 HELP = """\
 usage: python -m scaling.sweep +grid=NAME [SETTING=VALUE …]
 
-Plans a grid of small training runs, prices it, and trains it on this machine. The same command again resumes what is
-unfinished and retries what failed; with other values it adds their runs to the sweep.
+Plans a grid of small training runs, prices it, and trains it on this machine or on SLURM. The same command again resumes
+what is unfinished and retries what failed; with other values it adds their runs to the sweep.
 
 grids (conf/grid):
 {grids}
@@ -33,7 +34,10 @@ examples:
   python -m scaling.sweep +grid=demo sweep.compute_scale=3        every run at three times the compute
   python -m scaling.sweep model.width=24,32,48 flops=1e11 sweep.dir=sweeps/mine     a grid of one's own
   python -m scaling.sweep +grid=isoflop sweep.branches=true       lengths of one size cool down from one trunk
+  python -m scaling.sweep +grid=isoflop sweep.recentre=true       each budget about the N* that those before it say
+  python -m scaling.sweep +grid=adaptive target_flops=3e13 sweep.budget_flops=5e12     rounds of the runs that say most
   python -m scaling.sweep +grid=lr data=text "data.path='texts/**/*.txt'"           on one's own text
+  python -m scaling.sweep +grid=demo launcher=slurm launcher.partition=cpu sweep.wait=false     as SLURM jobs, detached
 
 A setting with several values (a,b,c) is an axis; a setting on the command line wins over the grid's.
 The budget is exactly one of flops, tokens, tokens_per_param. What the optimizer, the schedule and the batch leave
@@ -67,17 +71,30 @@ def main(argv: Sequence[str]) -> int:
     dry_run = config["dry_run"]
     if not isinstance(dry_run, bool):
         raise InputError(f"dry_run={dry_run}: valid: true, false")
-    from scaling.launch import LocalLauncher, launch
+    from scaling.launch import LocalLauncher, SlurmLauncher, launch
 
-    launcher = from_dict(LocalLauncher, config["launcher"], "launcher")
+    kind: type[LocalLauncher | SlurmLauncher] = (
+        SlurmLauncher if config["launcher"]["name"] == "slurm" else LocalLauncher
+    )
+    launcher = from_dict(kind, config["launcher"], "launcher")
     folder = Path(runs.sweep.dir or Path("sweeps") / (runs.sweep.name or runs.grid.name))
-    for note in runs.notes:
-        print(f"note: {note}")
-    print(describe(runs, config["hardware"]["name"], launcher.pool_size, lines=dry_run))
+    hardware = config["hardware"]["name"]
+
+    def run(overrides: Sequence[str], some: GridRuns) -> int:
+        for note in some.notes:
+            print(f"note: {note}")
+        print(describe(some, hardware, launcher.pool_size, lines=dry_run))
+        if dry_run:
+            print(f"nothing launched; without dry_run=true these runs go to {folder}")
+            return 0
+        return launch(SweepDir(folder), some, overrides, launcher, wandb.mode, hardware=hardware)
+
+    if not (runs.grid.adaptive or runs.sweep.recentre):
+        return run(argv, runs)
     if dry_run:
-        print(f"nothing launched; without dry_run=true these runs go to {folder}")
-        return 0
-    return launch(SweepDir(folder), runs, argv, launcher, wandb.mode)
+        print(describe_rounds(runs))
+        return run(argv, runs)
+    return run_rounds(argv, runs, folder, run)
 
 
 def describe(runs: GridRuns, device_name: str, workers: int, lines: bool) -> str:

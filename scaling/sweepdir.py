@@ -1,8 +1,9 @@
 """SweepDir and RunDir own every path of a sweep; Lease makes sure that one process at a time trains a run.
 
 SWEEP/plan.json  runs.csv  README.md  launcher.lock
+SWEEP/jobs/ARRAY/  one folder an sbatch (scaling.slurm)
 SWEEP/runs/RUN_ID/spec.json
-                  attempts/0001/lease.json metrics.jsonl log.txt failure.json    one folder an attempt, the highest owns the run
+                  attempts/0001/lease.json provenance.json metrics.jsonl failure.json    one folder an attempt, the highest owns the run
                   checkpoints/      step-N.pt the newest; step-N.keep.pt where branches start
                   metrics.jsonl     the attempts' metrics merged, written when the run ends
                   record.json       last; its presence means done
@@ -15,9 +16,10 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -35,8 +37,12 @@ KEPT = ".keep.pt"
 LAUNCH_VARIABLE = "ISOFLOP_LAUNCH"
 """Environment variable by which a launcher's workers know their launch: failures are counted by launch."""
 
+JOB_VARIABLE = "ISOFLOP_JOB"
+"""Environment variable of a SLURM job's processes: ARRAY/TASK/START, the job and how often it has been started."""
+
 LEASE_TIMEOUT_S = 60.0
 """A lease of another host whose heartbeat is older than this is dead. On one host the process itself is asked."""
+HEARTBEAT_S = LEASE_TIMEOUT_S / 6
 
 
 def default_cache() -> Path:
@@ -45,11 +51,23 @@ def default_cache() -> Path:
 
 
 @cache
-def _boot_id() -> str:
+def _process_space() -> str:
+    """Where a process id means one process: the boot of this machine, and the container in it."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
+
+
+def _is_own_older_start(job: str | None) -> bool:
+    """Whether `job` is an earlier start of the SLURM job that this process belongs to.
+
+    SLURM starts a job again once it holds the copy before for dead; that copy may live on, cut off from its controller.
+    """
+    mine, mine_start = os.environ.get(JOB_VARIABLE, "").rpartition("/")[::2]
+    theirs, their_start = (job or "").rpartition("/")[::2]
+    return bool(mine) and mine == theirs and int(their_start) < int(mine_start)
 
 
 def _process_started(pid: int) -> str | None:
@@ -70,11 +88,22 @@ class Lease:
     """The right to train a run: attempt number N, while no higher attempt exists.
 
     Ownership is checked before each checkpoint and before the record (`check`), so a copy that was thought dead
-    fences itself. The heartbeat is the lease file's mtime.
+    fences itself. The heartbeat is the lease file's mtime, which a thread renews.
     """
 
     run: RunDir
     attempt: int
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def start_heartbeat(self) -> None:
+        """Renew the heartbeat until the lease is released or the process ends, however long a step takes."""
+
+        def beat() -> None:
+            while not self._ended.wait(HEARTBEAT_S):
+                with contextlib.suppress(OSError):
+                    os.utime(self.folder / "lease.json")
+
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
 
     @property
     def folder(self) -> Path:
@@ -93,6 +122,7 @@ class Lease:
 
     def release(self) -> None:
         """Say that this attempt has ended, so that the next need not wait for its heartbeat."""
+        self._ended.set()
         (self.folder / "released").touch()
 
 
@@ -151,14 +181,19 @@ class RunDir:
         except FileNotFoundError:
             return 0
 
-    def holder(self) -> int | None:
-        """The process id in the last attempt's lease, alive or dead, unless it was released."""
+    def lease(self) -> dict[str, Any] | None:
+        """The last attempt's lease.json, its holder alive or dead, unless it was released."""
         folder = self.attempt_dir(self.last_attempt())
         try:
-            pid = json.loads((folder / "lease.json").read_text())["pid"]
+            lease: dict[str, Any] = json.loads((folder / "lease.json").read_text())
         except (OSError, ValueError):
             return None
-        return None if (folder / "released").exists() else int(pid)
+        return None if (folder / "released").exists() else lease
+
+    def holder(self) -> int | None:
+        """The process id in the last attempt's lease, alive or dead, unless it was released."""
+        lease = self.lease()
+        return None if lease is None else int(lease["pid"])
 
     def failure(self) -> dict[str, Any] | None:
         """Why the last attempt failed ({"reason": one line, …}), or None when it did not."""
@@ -168,19 +203,37 @@ class RunDir:
         failure: dict[str, Any] = read_json(path, "failure")
         return failure
 
-    def failures(self, launch: str) -> int:
-        """How many attempts by workers of this launch have failed."""
-        count = 0
+    def _failures(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The attempts that failed: folder and failure.json."""
         for attempt in range(1, self.last_attempt() + 1):
             folder = self.attempt_dir(attempt)
             if (folder / "failure.json").exists():
+                yield folder, read_json(folder / "failure.json", "failure")
+
+    def failures(self, launch: str) -> int:
+        """How many attempts by workers of this launch have failed, other than for memory that the next one may do without."""
+        count = 0
+        for folder, failure in self._failures():
+            if "out_of_memory_at" not in failure:
                 with contextlib.suppress(OSError, ValueError):
                     count += json.loads((folder / "lease.json").read_text()).get("launch") == launch
         return count
 
-    def write_failure(self, attempt: int, reason: str) -> None:
-        """Say why an attempt failed: failure.json in its folder."""
-        write_json(self.attempt_dir(attempt) / "failure.json", {"reason": " ".join(reason.split())})
+    def write_failure(self, attempt: int, reason: str, out_of_memory_at: int | None = None) -> None:
+        """Say why an attempt failed: failure.json in its folder.
+
+        Args:
+            out_of_memory_at: micro-batch in tokens that did not fit, where a smaller one can be tried.
+        """
+        failure: dict[str, Any] = {"reason": " ".join(reason.split())}
+        if out_of_memory_at is not None:
+            failure["out_of_memory_at"] = out_of_memory_at
+        write_json(self.attempt_dir(attempt) / "failure.json", failure)
+
+    def micro_batch_limit(self) -> int | None:
+        """Tokens of the next attempt's micro-batch: half of the smallest that ran out of memory; None: none did."""
+        sizes = [f["out_of_memory_at"] for _, f in self._failures() if "out_of_memory_at" in f]
+        return min(sizes) // 2 if sizes else None
 
     def state(self) -> RunState:
         """Where the run stands, from its files alone."""
@@ -202,9 +255,11 @@ class RunDir:
             lease = json.loads((folder / "lease.json").read_text())
         except (OSError, ValueError):  # between making the folder and its lease, or died there
             with contextlib.suppress(OSError):
-                return time.time() - folder.stat().st_mtime < LEASE_TIMEOUT_S / 6
+                return time.time() - folder.stat().st_mtime < HEARTBEAT_S
             return False
-        if lease["boot_id"] == _boot_id():
+        if _is_own_older_start(lease.get("job")):
+            return False
+        if lease.get("process_space") == _process_space():
             return _process_started(lease["pid"]) == lease["started"]
         return age_s < LEASE_TIMEOUT_S
 
@@ -224,13 +279,15 @@ class RunDir:
             folder / "lease.json",
             {
                 "host": socket.gethostname(),
-                "boot_id": _boot_id(),
+                "process_space": _process_space(),
                 "pid": pid,
                 "started": _process_started(pid),
                 "launch": os.environ.get(LAUNCH_VARIABLE),
+                "job": os.environ.get(JOB_VARIABLE),
             },
         )
         lease = Lease(self, attempt)
+        lease.start_heartbeat()
         if self.record_json.exists():  # done between the look and the lease
             lease.release()
             return None
@@ -267,11 +324,8 @@ class SweepDir:
         self.plan_json = self.path / "plan.json"
         self.runs_csv = self.path / "runs.csv"
         self.runs = self.path / "runs"
+        self.jobs = self.path / "jobs"
         self.lock = self.path / "launcher.lock"
-
-    def worker_log(self, worker: int) -> Path:
-        """Where a worker's own output goes."""
-        return self.runs / f"worker-{worker}.log"
 
     def plan(self) -> Plan:
         """Read plan.json."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+import socket
 import sys
 import traceback
 from pathlib import Path
 
 from scaling.errors import InputError, run_command
+from scaling.files import write_json
+from scaling.provenance import git_commit, slurm_ids, versions
 from scaling.sweepdir import LAUNCH_VARIABLE, Lease, LostLease, RunDir, SweepDir
 
 EPILOG = """
@@ -31,6 +35,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--checkpoint-every", type=float, default=20.0, metavar="S", help="seconds between checkpoints"
     )
+    parser.add_argument(
+        "--micro-batch-tokens",
+        type=int,
+        default=16384,
+        metavar="T",
+        help="most tokens in one forward and backward pass",
+    )
     parser.add_argument("--max-attempts", type=int, default=3, help="tries of a run that raises an error (default 3)")
     parser.add_argument("--wandb", default="disabled", choices=["disabled", "offline", "online"])
     args = parser.parse_args(argv)
@@ -45,6 +56,7 @@ def main(argv: list[str]) -> int:
         device=args.device,
         threads=args.threads,
         checkpoint_every_s=args.checkpoint_every,
+        micro_batch_tokens=args.micro_batch_tokens,
         wandb=args.wandb,
         progress=args.sweep is None and sys.stderr.isatty(),
     )
@@ -65,6 +77,8 @@ def work(sweep: SweepDir, run_ids: list[str], host: object, max_attempts: int) -
 
     A branch is left alone while one of these runs, its trunk, has not come to the branch point.
     A run that raises leaves `failure.json` in its attempt's folder and is tried again, max_attempts times in a launch.
+    One that runs out of memory is tried again with half the micro-batch, down to one sequence: the same batches in
+    smaller parts, so the same run.
 
     Returns:
         Whether none of the runs tried here failed for good.
@@ -91,22 +105,50 @@ def work(sweep: SweepDir, run_ids: list[str], host: object, max_attempts: int) -
 
 
 def _attempt(run: RunDir, host: object, lease: Lease) -> bool:
-    """One attempt at a run. Returns False when it raised."""
+    """One attempt at a run. Returns False when it raised, other than for memory that a smaller micro-batch may save."""
     from train.engine import Host, train
 
     assert isinstance(host, Host)
+    spec = run.spec()
+    micro_batch = min(host.micro_batch_tokens, spec.batch_tokens, run.micro_batch_limit() or spec.batch_tokens)
+    micro_batch = max(micro_batch, spec.shape.seq_len)
+    write_json(lease.folder / "provenance.json", _provenance(host, micro_batch))
     try:
-        train(run.spec(), run, host, lease)
+        train(spec, run, dataclasses.replace(host, micro_batch_tokens=micro_batch), lease)
     except LostLease as error:
         print(error, file=sys.stderr)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"run {run.path.name}: {reason}", file=sys.stderr)
         traceback.print_exc()
-        run.write_failure(lease.attempt, reason)
+        can_shrink = _is_out_of_memory(error) and micro_batch > spec.shape.seq_len
+        run.write_failure(lease.attempt, reason, out_of_memory_at=micro_batch if can_shrink else None)
         lease.release()
-        return False
+        return can_shrink
     return True
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the device or of the process (torch's CPU allocator raises a plain RuntimeError)."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _provenance(host: object, micro_batch_tokens: int) -> dict[str, object]:
+    """What an attempt ran on: code, libraries, device, host, SLURM job."""
+    from train.engine import Host
+
+    assert isinstance(host, Host)
+    return {
+        "commit": git_commit(),
+        "versions": versions("torch", "numpy", "tokenizers", "isoflop"),
+        "device": host.device,
+        "threads": host.threads,
+        "micro_batch_tokens": micro_batch_tokens,
+        "host": socket.gethostname(),
+        "slurm": slurm_ids(),
+    }
 
 
 if __name__ == "__main__":
