@@ -13,14 +13,18 @@ from analysis.decide.forecast import extrapolation_warnings
 from analysis.inference import FitResult
 from analysis.inference.conventions import ConventionFit
 from analysis.inference.diagnostics import Diagnostics, beyond_n_and_d, diagnose, inseparable
+from analysis.inference.fitting import LARGE
 from analysis.inference.isoflop import LossSurface, approach_2_bias, at_budget, disagreement
 from analysis.inference.points import points
+from analysis.inference.profile import Interval, profile_intervals
 from analysis.inference.solver import HUBER, Robust
 from analysis.inference.target import Target, cheapest
 from analysis.runs import Runs
 from scaling.errors import InputError
 
 _KNOTS_PER_DECADE = 1
+PROFILED = ("chinchilla", "tied", "chinchilla_no_floor", "tied_no_floor", "gamma")
+"""Laws whose weak parameters get a profile interval."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Answer:
     target: Target | None = None
     predictions: tuple[dict[str, Any], ...] = ()
     conventions: tuple[ConventionFit, ...] = ()
+    profiles: dict[str, Interval] = field(default_factory=dict)
+    """95% profile intervals of the parameters that are not identified; None: open on that side."""
     dropped: tuple[str, ...] = field(default=())
     """Runs that the user left out."""
 
@@ -59,6 +65,7 @@ class Answer:
             "loss_function": self.robust.name,
             "intervals_95": {name: list(pair) for name, pair in fit.intervals.items()},
             "identified": self.diagnostics.identified,
+            "profile_95": {name: list(pair) for name, pair in self.profiles.items()},
             "condition": fit.condition if np.isfinite(fit.condition) else None,
             "starts": {"tried": fit.starts, "agreeing": fit.starts_agreeing},
             "ensemble": [
@@ -118,6 +125,7 @@ def answer(
         family = runs.plan.family if runs.plan is not None else None
         smallest = float(runs.table["flops"].min())
         target = cheapest(fit, target_loss, smallest, flops_per_token_of(fit, family))
+    diagnostics = diagnose(fit, runs, _watched(fit, runs, allocations, budgets[-1]), robust)
     return Answer(
         fit=fit,
         runs=runs,
@@ -125,13 +133,23 @@ def answer(
         budgets=tuple(budgets),
         allocations=allocations,
         approaches=_compared(fit, runs, budgets, bool(allocations)),
-        diagnostics=diagnose(fit, runs, _watched(fit, runs, allocations, budgets[-1]), robust),
+        diagnostics=diagnostics,
+        profiles=_profiles(fit, runs, diagnostics, robust),
         warnings=(*fit.warnings, *extrapolation_warnings(fit, far), *refused),
         target=target,
         predictions=tuple(_prediction(fit, n, d) for n, d in at),
         conventions=conventions,
         dropped=tuple(dropped),
     )
+
+
+def _profiles(fit: FitResult, runs: Runs, diagnostics: Diagnostics, robust: Robust) -> dict[str, Interval]:
+    """Of the parameters that the bootstrap does not pin down, where their profile has a meaning."""
+    weak = [name for name in fit.surface.free if not diagnostics.identified[name]]
+    plain = fit.law in PROFILED and robust.name in ("huber", "squared") and not fit.surface.on_frontier
+    if not weak or not plain or not len(fit.surface.free) < fit.n_runs <= LARGE:
+        return {}
+    return profile_intervals(fit.surface, points(runs), fit.surface.values(fit.parameters), robust, weak)
 
 
 def _allocations(

@@ -74,9 +74,18 @@ def _parameters(said: Answer) -> str:
         elif said.diagnostics.identified[name]:
             rows.append([name, *rounded(value, low, high)])
         else:
-            measured = said.fit.n_cells > len(said.fit.surface.free)
-            rows.append([name, "not identified", rounded(value, low, high)[1] if measured else "–"])
+            rows.append([name, "not identified", _weak(said, name, rounded(value, low, high)[1])])
     return table(["parameter", "value", "95% interval"], rows)
+
+
+def _weak(said: Answer, name: str, bootstrap: str) -> str:
+    """The profile interval of a parameter that is not identified, its open sides said; else the bootstrap's."""
+    if name in said.profiles:
+        low, high = said.profiles[name]
+        if low is None and high is None:
+            return "open on both sides (profile)"
+        return f"{'open' if low is None else f'{low:.2g}'} – {'open' if high is None else f'{high:.2g}'} (profile)"
+    return bootstrap if said.fit.n_cells > len(said.fit.surface.free) else "–"
 
 
 def _quality(said: Answer) -> str:
