@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -293,8 +294,8 @@ def write_plan(
                 )
         known = {spec.run_id for spec in old.runs}
         plan = dataclasses.replace(old, runs=old.runs + [spec for spec in specs if spec.run_id not in known])
-    for spec in specs:
-        sweep.create_run(spec)
+    with ThreadPoolExecutor(16) as threads:  # each waits for the disk
+        list(threads.map(sweep.create_run, specs))
     if plan != old:
         plan.write(sweep.plan_json)
 

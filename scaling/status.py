@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ from scaling.sweepdir import RunState, SweepDir
 from scaling.table import read_runs_csv
 from scaling.text import readable_time, table
 
+OPEN = ("running", "pending")
+
 EPILOG = """\
 states: done; diverged (final: its loss blew up); failed (the next launch tries again); running; pending
 A committed sweep, whose run folders are not there, is read from its runs.csv.
@@ -23,9 +27,11 @@ A committed sweep, whose run folders are not there, is read from its runs.csv.
 
 
 def sweep_status(sweep: SweepDir) -> dict[str, Any]:
-    """{"done", "diverged", "failed", "running", "pending", "total", "flops_bought", "runs": [one object a run]}.
+    """{"done", "diverged", "failed", "running", "pending", "total", "flops_bought", "flops_per_s", "left_s", "runs": […]}.
 
     flops_bought: exact FLOPs trained so far, a trunk's once; of a run those after its branch point.
+    flops_per_s: exact FLOPs a second of the runs that train now; left_s: what is left at that rate, None while none does.
+    runs: one object a run.
 
     Raises:
         InputError: no plan there, or one of a newer schema.
@@ -34,10 +40,15 @@ def sweep_status(sweep: SweepDir) -> dict[str, Any]:
     rows = {} if sweep.runs.exists() else read_runs_csv(sweep)
     runs = [_run(sweep, spec, rows.get(spec.run_id)) for spec in plan.runs]
     counts = Counter(run["state"] for run in runs)
+    rate = math.fsum(run["flops"] / run["n_tokens"] * run["tokens_per_s"] for run in runs if run["tokens_per_s"])
+    open_runs = [(spec, run) for spec, run in zip(plan.runs, runs, strict=True) if run["state"] in OPEN]
+    left_flops = math.fsum(spec.bought_flops - run["flops_bought"] for spec, run in open_runs)
     return {
         **{state: counts[state] for state in get_args(RunState)},
         "total": len(runs),
         "flops_bought": math.fsum(run["flops_bought"] for run in runs),
+        "flops_per_s": rate,
+        "left_s": left_flops / rate if rate else None,
         "runs": runs,
     }
 
@@ -57,6 +68,7 @@ def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str
         "progress": 0.0,
         "loss": None,
         "wall_s": None,
+        "tokens_per_s": None,
         "reason": None,
     }
     if row:
@@ -68,8 +80,8 @@ def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str
         out["reason"] = row["reason"] or None
         return out
     run = sweep.run(spec.run_id)
-    out["state"] = run.state()
     record = run.record()
+    out["state"] = run.state(record)
     if record:
         out |= {"loss": record.loss, "wall_s": record.wall_s, "reason": record.reason}
         out |= {"progress": record.tokens / spec.tokens, "flops_bought": record.bought_flops}
@@ -78,15 +90,35 @@ def _run(sweep: SweepDir, spec: RunSpec, row: dict[str, str] | None) -> dict[str
         failure = run.failure() if out["state"] == "failed" else None
         out["progress"] = rows[-1]["tokens"] / spec.tokens if rows else 0.0
         out["flops_bought"] = max(0.0, spec.flops * (out["progress"] - 1) + spec.bought_flops)
+        out["tokens_per_s"] = rows[-1].get("tokens_per_s") if rows and out["state"] == "running" else None
         out["reason"] = failure["reason"] if failure else None
     return out
 
 
 def describe(status: dict[str, Any]) -> str:
     """A table for a reader."""
+    total = f"{status['total']} runs: {counts(status)}; {status['flops_bought']:.3g} FLOPs bought"
+    if status["left_s"] is not None:
+        total += f"; {status['flops_per_s']:.3g} FLOP/s, {readable_time(status['left_s'])} left"
     heading = ("run", "width", "depth", "D", "FLOPs", "seed", "state", "%", "loss", "time", "")
-    counts = ", ".join(f"{status[state]} {state}" for state in get_args(RunState) if status[state])
-    return f"{table([heading, *map(_row, status['runs'])])}\n{status['total']} runs: {counts}; {status['flops_bought']:.3g} FLOPs bought"
+    return f"{table([heading, *map(_row, status['runs'])])}\n{total}"
+
+
+def counts(status: dict[str, Any]) -> str:
+    """How many runs are in each state that there is."""
+    return ", ".join(f"{status[state]} {state}" for state in get_args(RunState) if status[state])
+
+
+def watch(sweep: SweepDir, every_s: float) -> None:
+    """The table again and again, of the runs that are not done, until none is running or pending."""
+    while True:
+        status = sweep_status(sweep)
+        unfinished = [run for run in status["runs"] if run["state"] != "done"]
+        clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else ""
+        print(clear + describe({**status, "runs": unfinished}), flush=True)
+        if not status["running"] and not status["pending"]:
+            return
+        time.sleep(every_s)
 
 
 def _row(run: dict[str, Any]) -> tuple[str, ...]:
@@ -115,9 +147,22 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("sweep", type=Path, help="the sweep's folder, for example sweeps/demo")
     parser.add_argument("--json", choices=["-"], help="print one JSON object on stdout")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=2.0,
+        metavar="S",
+        help="print what is not done every S seconds (default: 2) until nothing runs or waits",
+    )
     args = parser.parse_args(argv)
     if not args.sweep.is_dir():
         raise InputError(f"no sweep folder at {args.sweep}: make one with python -m scaling.sweep +grid=NAME")
+    if args.watch is not None:
+        if args.json or not args.watch > 0:
+            raise InputError("--watch takes a positive number of seconds, and not --json")
+        watch(SweepDir(args.sweep), args.watch)
+        return
     status = sweep_status(SweepDir(args.sweep))
     print(json.dumps(status) if args.json else describe(status))
 

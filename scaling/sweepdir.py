@@ -235,9 +235,9 @@ class RunDir:
         sizes = [f["out_of_memory_at"] for _, f in self._failures() if "out_of_memory_at" in f]
         return min(sizes) // 2 if sizes else None
 
-    def state(self) -> RunState:
-        """Where the run stands, from its files alone."""
-        record = self.record()
+    def state(self, record: RunRecord | None = None) -> RunState:
+        """Where the run stands, from its files alone; `record`: its record, if the caller has read it."""
+        record = record or self.record()
         if record is not None:
             return "done" if record.status == "ok" else record.status
         if self.is_leased():

@@ -174,6 +174,13 @@ class PrivateSlurm:
         os.kill(pid, number)
         wait_until(lambda: not self._is_own(pid), START_S, f"the end of {name}")
 
+    def revive(self) -> None:
+        """Start the daemons that are dead, and wait until the controller answers."""
+        for name, pid in self._pids().items():
+            if not self._is_own(pid):
+                self.start(name)
+        wait_until(lambda: self.command("sinfo", "-h"), START_S, "the controller's answer")
+
     def _is_own(self, pid: int) -> bool:
         for process in self._children:
             if process.pid == pid:
