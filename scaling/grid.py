@@ -17,6 +17,9 @@ from scaling.shape import ShapeFamily
 from scaling.spec import DataSpec, EvalSpec, OptimSpec, RunSpec, ScheduleSpec
 
 BUDGETS = ("tokens", "flops", "tokens_per_param")
+SHARED_RECIPE = (0.6, 3.0)
+"""Lengths, as multiples of the one that a trunk's recipe was asked at, that lost .5% at most to runs with a recipe of
+their own; a third of it and eight times it lost 2% (bench/branching.py)."""
 
 
 @dataclass(frozen=True)
@@ -296,5 +299,13 @@ def expand_grid(overrides: Sequence[str], points: Sequence[Sequence[str]] | None
                 if hyper.note:
                     notes[hyper.note] = None
     runs = list(specs.values())
-    runs = plan_branches(runs) if sweep.branches else runs
+    if sweep.branches:
+        runs = plan_branches(runs)
+        ratios = [run.tokens / (sweep.trunk_tokens_per_param * run.params.body_head) for run in runs]
+        if min(ratios) < SHARED_RECIPE[0] or max(ratios) > SHARED_RECIPE[1]:
+            notes[
+                f"lengths from {min(ratios):.2g} to {max(ratios):.2g} times the {sweep.trunk_tokens_per_param:g} tokens per "
+                f"parameter of their trunks' recipe: outside {SHARED_RECIPE[0]:g} to {SHARED_RECIPE[1]:g} one learning "
+                "rate and batch cost up to 2% of loss; move sweep.trunk_tokens_per_param or buy a narrower range"
+            ] = None
     return GridRuns(grid, config, sweep, run_settings(config), runs, list(notes))

@@ -94,6 +94,14 @@ def test_a_length_alone_has_no_trunk_and_the_recipe_of_those_to_come() -> None:
     assert (alone.optim.peak_lr, alone.batch_tokens) == (anchored.optim.peak_lr, anchored.batch_tokens)
 
 
+def test_lengths_that_one_recipe_does_not_serve_are_noted() -> None:
+    def notes(lengths: str) -> str:
+        return " ".join(expand_grid([*FAMILY, "model.width=16", f"tokens_per_param={lengths}"]).notes)
+
+    assert "lengths from 0.25 to 2 times the 20 tokens per parameter of their trunks' recipe" in notes("5,10,20,40")
+    assert "their trunks' recipe" not in notes("15,20,40")
+
+
 def test_the_prepared_corpus_renames_trunks_with_their_runs() -> None:
     specs = with_digest(expand_grid(["+grid=branches"]).specs, "0123456789abcdef")
     assert {s.parent_run_id for s in specs} - {None} <= {s.run_id for s in specs}
@@ -149,7 +157,7 @@ def test_dry_run_prices_the_trunk_once(cli: Callable[..., subprocess.CompletedPr
     ).groups()
     assert (
         float(ratio)
-        == pytest.approx(15 / 9.4, abs=0.01)
+        == pytest.approx(100 / 52, abs=0.01)
         == pytest.approx(float(separately) / float(bought), abs=0.01)
     )
 
