@@ -141,7 +141,8 @@ class SlurmLauncher:
                 "take longer go on in the same job, requeued)"
             )
         parameters = {**self.sbatch_parameters(), **self.sbatch}
-        refusal = cluster.would_submit([f"--{key.replace('_', '-')}={value}" for key, value in parameters.items()])
+        options = {f"--{key.replace('_', '-')}": value for key, value in parameters.items()}
+        refusal = cluster.would_submit([key if value is True else f"{key}={value}" for key, value in options.items()])
         if refusal:
             given = ", ".join(f"{name}={value}" for name, value in parameters.items())
             raise InputError(f"sbatch refuses such a job: {refusal} (launcher: {given})")
