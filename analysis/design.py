@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from analysis.decide.design import (
-    LARGEST_SHARE,
     Candidates,
     Design,
     aim,
@@ -28,6 +27,7 @@ from scaling.errors import InputError, run_command
 from scaling.files import write_text
 from scaling.hardware import find_device
 from scaling.records import Plan
+from scaling.rounds import LARGEST_SHARE
 
 _DRAWS = 100
 

@@ -2,7 +2,7 @@
 
 The surfaces are those of bench/coverage.py: half Chinchilla-like, half asymmetric; noise is 1% of loss. The IsoFLOP grid has 5
 budgets from 1e19 to 1e21 FLOPs and 9 sizes within ±4× of the true N*. The adaptive sweep starts with a tenth of those FLOPs on
-such a grid of 5 × 5 from 1e18 to 1e20, then buys what `choose_runs` says in two rounds, no run dearer than a quarter of
+such a grid of 5 × 7 from 1e18 to 1e20, then buys what `choose_runs` says in two rounds, no run dearer than a quarter of
 the whole. Both forecast the loss at the true N* and D* of 3e22 FLOPs, 30 times the grid's largest run, by `fit_law`.
 "interval of the mean": of the predicted loss, without the noise of the run that comes, which no sweep can lower;
 "of a new run": as analysis.fit prints it. Coverage: of the true loss, and of a new run's.
@@ -26,18 +26,19 @@ import pandas as pd
 from coverage import make_case, share
 from tqdm import tqdm
 
-from analysis.decide.design import LARGEST_SHARE, Candidates, aim, choose_runs, levels
+from analysis.decide.design import Candidates, aim, choose_runs, levels
 from analysis.inference.fitting import fit_law
 from analysis.inference.points import points
 from analysis.inference.simulate import Cells, Grid, Noise, Surface, simulate
 from analysis.inference.uncertainty import t_quantile
 from analysis.runs import Runs
 from scaling.errors import InputError, run_command
+from scaling.rounds import LARGEST_SHARE
 from scaling.text import table
 
 TARGET_FLOPS = 3e22
 ISOFLOP = Grid(tuple(np.geomspace(1e19, 1e21, 5)), 9, 4.0)
-PILOT = Grid(tuple(np.geomspace(1e18, 1e20, 5)), 5, 4.0)
+PILOT = Grid(tuple(np.geomspace(1e18, 1e20, 5)), 7, 4.0)
 ROUNDS = 2
 NOISE = Noise(0.01)
 SIZES_A_DECADE = 10
