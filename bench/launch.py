@@ -6,7 +6,7 @@ status         seconds of `scaling.status` on 1,000 finished runs
 ratio          wall time of `scaling.sweep` on 200 runs of about half a second, over the sum of their time in the training
                loop divided by the cores: 1 means that launching costs nothing
 
-python bench/launch.py [--runs 1000] [--short-runs 200] [--json -]   (on data=stdlib, vocabulary 300)
+python bench/launch.py [--runs 1000] [--short-runs 200] [--json -]   (a small corpus, vocabulary 300)
 """
 
 from __future__ import annotations
@@ -33,15 +33,8 @@ from scaling.text import table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
 from private_slurm import PrivateSlurm, missing  # noqa: E402
+from slurm_sweeps import SETTINGS  # noqa: E402
 
-SETTINGS = [
-    "model=smoke",
-    "model.vocab_size=300",
-    "data=stdlib",
-    "batch_tokens=256",
-    "eval.tokens=4096",
-    "eval.points=1",
-]
 SHORT_TOKENS = 12800
 
 
@@ -100,9 +93,9 @@ def measure(runs: int, short_runs: int) -> dict[str, float | int | None]:
     with tempfile.TemporaryDirectory(prefix="isoflop-launch-", ignore_cleanup_errors=True) as folder:
         short = SweepDir(Path(folder) / "short")
         words = [*SETTINGS, f"tokens={SHORT_TOKENS}", f"sweep.dir={short.path}"]
-        command_s("scaling.sweep", *words, "seed=-1")  # the corpus, once
+        command_s("scaling.sweep", *words, f"seed={short_runs}")  # the corpus, once
         wall_s = command_s("scaling.sweep", *words, f"seed=range(0,{short_runs})")
-        trained_s = math.fsum(record.wall_s for record in short.records() if record.spec.seed >= 0)
+        trained_s = math.fsum(record.wall_s for record in short.records() if record.spec.seed < short_runs)
         figures |= {
             "short_run_s": trained_s / short_runs,
             "wall_s": wall_s,

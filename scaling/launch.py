@@ -183,7 +183,7 @@ def _train(sweep: SweepDir, specs: list[RunSpec], pool: WorkerPool | SlurmJobs) 
     print(f"{sweep.path}: {len(specs)} runs: {counts}, in {readable_time(time.monotonic() - started)}")
     for run_id, reason in pool.failed.items():
         print(f"failed: {run_id}: {reason} (the whole story is in {sweep.run(run_id).attempts})", file=sys.stderr)
-    return 1 if states["failed"] else 0
+    return 0 if set(states) <= {"done", "diverged"} else 1
 
 
 def check_commit(sweep: SweepDir, any_commit: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from scaling.errors import InputError
+from scaling.files import read_json
 from scaling.sweepdir import LAUNCH_VARIABLE, SweepDir
 
 POLL_S = 0.2
@@ -75,6 +77,7 @@ class WorkerPool:
         self._max_attempts, self._launch = max_attempts, launch or os.urandom(8).hex()
         self._logs, self._gpus = logs or sweep.runs, list(gpus)
         self._deaths: Counter[str] = Counter()
+        self._memory_kills = _memory_kills()
         self._workers: dict[int, _Worker] = {}
         self._idle_exits = 0
         self._spawned_s = 0.0
@@ -113,7 +116,10 @@ class WorkerPool:
                 continue
             del self._workers[slot]
             held = [run_id for run_id, run in self.open.items() if run.holder() == worker.process.pid]
+            out_of_memory = status == -signal.SIGKILL and self._memory_ran_out()
             for run_id in held:
+                if out_of_memory and self._shrink(run_id):
+                    continue
                 self._deaths[run_id] += 1
                 if self._deaths[run_id] >= self._max_attempts:
                     self._give_up(
@@ -148,6 +154,23 @@ class WorkerPool:
             and not run.is_leased()
             and run.waits_for() not in self.open
         ]
+
+    def _memory_ran_out(self) -> bool:
+        """Whether the kernel has killed processes of this control group for want of memory since the last look."""
+        before, self._memory_kills = self._memory_kills, _memory_kills()
+        return self._memory_kills > before
+
+    def _shrink(self, run_id: str) -> bool:
+        """Have a run that ran out of memory tried again with half the micro-batch; False where that is one sequence."""
+        run = self.open[run_id]
+        provenance = run.attempt_dir(run.last_attempt()) / "provenance.json"
+        if not provenance.exists():
+            return False
+        micro_batch = read_json(provenance, "provenance")["micro_batch_tokens"]
+        if micro_batch <= run.spec().shape.seq_len:
+            return False
+        run.write_failure(run.last_attempt(), "killed for want of memory", out_of_memory_at=micro_batch)
+        return True
 
     def _count_idle_exit(self, worker: _Worker, status: int) -> None:
         """A worker ended and had no run: normal when none was left to claim, else it could not start."""
@@ -206,6 +229,21 @@ class WorkerPool:
                 process.kill()
                 process.wait()
             self._workers.clear()
+
+
+def _memory_kills() -> int:
+    """Processes of this control group that the kernel has killed for want of memory; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory"):  # version 2, version 1
+                file = f"memory{group}/memory.oom_control" if controllers else f"{group}/memory.events"
+                with contextlib.suppress(FileNotFoundError):
+                    found = re.search(
+                        r"^oom_kill (\d+)", (Path("/sys/fs/cgroup") / file.strip("/")).read_text(), re.M
+                    )
+                    return int(found.group(1)) if found else 0
+    return 0
 
 
 def _ending(status: int) -> str:
