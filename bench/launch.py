@@ -15,12 +15,15 @@ import argparse
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from scaling.accounting import FLOPS_CONVENTIONS, PARAMS_CONVENTIONS, training_flops
 from scaling.errors import InputError, run_command
@@ -38,26 +41,36 @@ from slurm_sweeps import SETTINGS  # noqa: E402
 SHORT_TOKENS = 12800
 
 
-def command_s(module: str, *words: str, environment: Mapping[str, str] | None = None) -> float:
-    """Seconds of `python -m MODULE …`.
+@dataclass(frozen=True)
+class Seconds:
+    """Of a command: by the clock, and of the processor (what the clock would say on a machine with nothing else to do)."""
+
+    wall: float
+    cpu: float
+
+
+def timed(module: str, *words: str, environment: Mapping[str, str] | None = None) -> Seconds:
+    """Run `python -m MODULE …`.
 
     Raises:
         InputError: it failed; with the end of what it said.
     """
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", module, *words], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     if done.returncode:
         raise InputError(f"{module} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Seconds(time.perf_counter() - start, cpu)
 
 
-def submit_s(folder: Path, runs: int, job_minutes: float, cluster: PrivateSlurm) -> float:
-    """Seconds to plan and submit `runs` runs, whose jobs then wait."""
+def submit(folder: Path, runs: int, job_minutes: float, cluster: PrivateSlurm) -> Seconds:
+    """Time of planning and submitting `runs` runs, whose jobs then wait."""
     options = ["launcher=slurm", "sweep.wait=false", f"launcher.job_minutes={job_minutes}", "launcher.mem=500M"]
     options += ['launcher.sbatch={begin: "now+1hour"}', f"seed=range(0,{runs})", f"tokens={SHORT_TOKENS}"]
-    seconds = command_s("scaling.sweep", *SETTINGS, *options, f"sweep.dir={folder}", environment=cluster.environment)
+    seconds = timed("scaling.sweep", *SETTINGS, *options, f"sweep.dir={folder}", environment=cluster.environment)
     cluster.cancel_all()
     return seconds
 
@@ -87,14 +100,14 @@ def finished(spec: RunSpec) -> RunRecord:
     )
 
 
-def measure(runs: int, short_runs: int) -> dict[str, float | int | None]:
+def measure(runs: int, short_runs: int) -> dict[str, Any]:
     """The figures; those on SLURM None where it is not installed."""
-    figures: dict[str, float | int | None] = {"runs": runs, "short_runs": short_runs, "cores": cpu_count()}
+    figures: dict[str, Any] = {"runs": runs, "short_runs": short_runs, "cores": cpu_count()}
     with tempfile.TemporaryDirectory(prefix="isoflop-launch-", ignore_cleanup_errors=True) as folder:
         short = SweepDir(Path(folder) / "short")
         words = [*SETTINGS, f"tokens={SHORT_TOKENS}", f"sweep.dir={short.path}"]
-        command_s("scaling.sweep", *words, f"seed={short_runs}")  # the corpus, once
-        wall_s = command_s("scaling.sweep", *words, f"seed=range(0,{short_runs})")
+        timed("scaling.sweep", *words, f"seed={short_runs}")  # the corpus, once
+        wall_s = timed("scaling.sweep", *words, f"seed=range(0,{short_runs})").wall
         trained_s = math.fsum(record.wall_s for record in short.records() if record.spec.seed < short_runs)
         figures |= {
             "short_run_s": trained_s / short_runs,
@@ -103,34 +116,34 @@ def measure(runs: int, short_runs: int) -> dict[str, float | int | None]:
         }
 
         large = SweepDir(Path(folder) / "large")
-        figures |= {"submit_s": None, "submit_single_s": None, "status_s": None}
+        figures |= {"submit": None, "submit_single": None, "status": None}
         if missing() is None:
             cluster = PrivateSlurm(Path(folder) / "cluster")
             try:
                 cluster.up()
-                figures["submit_s"] = submit_s(large.path, runs, 0.5, cluster)
-                figures["submit_single_s"] = submit_s(Path(folder) / "single", runs, 0.001, cluster)
+                figures["submit"] = submit(large.path, runs, 0.5, cluster)
+                figures["submit_single"] = submit(Path(folder) / "single", runs, 0.001, cluster)
             finally:
                 cluster.down()
             for spec in large.plan().runs:
                 finished(spec).write_once(large.run(spec.run_id).record_json)
-            figures["status_s"] = command_s("scaling.status", str(large.path))
+            figures["status"] = timed("scaling.status", str(large.path))
     return figures
 
 
-def describe(figures: dict[str, float | int | None]) -> str:
+def describe(figures: dict[str, Any]) -> str:
     """A table for a reader."""
 
     def seconds(name: str) -> str:
         value = figures[name]
-        return "no SLURM" if value is None else f"{value:.1f} s"
+        return "no SLURM" if value is None else f"{value.wall:.1f} s ({value.cpu:.1f} s of CPU)"
 
     load = os.getloadavg()[0]
     rows = [
         ("what", "measured", "wanted"),
-        (f"{figures['runs']} runs planned and submitted, several a job", seconds("submit_s"), "10 s"),
-        (f"{figures['runs']} runs planned and submitted, one a job", seconds("submit_single_s"), "10 s"),
-        (f"scaling.status on {figures['runs']} runs", seconds("status_s"), "1 s"),
+        (f"{figures['runs']} runs planned and submitted, several a job", seconds("submit"), "10 s"),
+        (f"{figures['runs']} runs planned and submitted, one a job", seconds("submit_single"), "10 s"),
+        (f"scaling.status on {figures['runs']} runs", seconds("status"), "1 s"),
         (
             f"{figures['short_runs']} runs of {figures['short_run_s']:.2f} s on {figures['cores']} cores, over their sum",
             f"{figures['ratio']:.2f}×",
@@ -148,7 +161,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", choices=["-"])
     args = parser.parse_args(argv)
     figures = measure(args.runs, args.short_runs)
-    print(json.dumps(figures) if args.json else describe(figures))
+    print(json.dumps(figures, default=asdict) if args.json else describe(figures))
 
 
 if __name__ == "__main__":

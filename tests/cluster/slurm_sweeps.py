@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from scaling.files import read_json_lines
 from scaling.sweepdir import RunDir, SweepDir
 
 HERE = Path(__file__).parent
@@ -99,12 +98,11 @@ def job_of(run: RunDir) -> str:
 
 
 def trained_steps(sweep: SweepDir) -> list[int]:
-    """Steps done in each run over all attempts: more than the run's own where some were done again."""
+    """Steps begun in each run over all attempts (worker.py counts them): more than its own where some were done again."""
     totals = []
     for spec in sweep.plan().runs:
         run = sweep.run(spec.run_id)
-        files = (run.attempt_dir(n) / "metrics.jsonl" for n in range(1, run.last_attempt() + 1))
-        totals.append(sum(len(read_json_lines(file)) for file in files))
+        totals.append(sum(file.stat().st_size for file in run.attempts.glob("*/steps.count")))
     return totals
 
 
