@@ -176,7 +176,8 @@ class OuterModel(SurfaceModel):
         gamma = vectors[:, -1:, None]
         sums = super().evaluate(vectors[:, :-1])
         floor = vectors[:, : self.k][:, ~self.inside].sum(1)[:, None]
-        s = np.maximum(sums.y - floor, 1e-100)
+        inside = np.einsum("bk,bkn->bn", vectors[:, : self.k][:, self.inside], sums.memo[:, self.inside])
+        s = np.maximum(inside, 1e-100)  # not y − floor: far below the floor nothing would be left of it
         risen = s ** gamma[:, :, 0]
         jacobian = np.concatenate([sums.jacobian, (risen * np.log(s))[:, None]], axis=1)
         chain = gamma * (risen / s)[:, None]

@@ -13,7 +13,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def _note(signum: int, frame: FrameType | None) -> None:
-    if _received and signum == signal.SIGINT:  # Ctrl-C twice: do not wait for the step; a scheduler repeats its SIGTERM
+    if _received and signum == signal.SIGINT:  # twice: do not wait for the step; a scheduler repeats its SIGTERM
         raise KeyboardInterrupt
     _received.append(signum)
 
