@@ -114,3 +114,15 @@ def assert_as_undisturbed(sweep: SweepDir, losses: dict[str, float | None]) -> N
         later = range(record.attempts + 1, run.last_attempt() + 1)
         assert not [n for n in later if (run.attempt_dir(n) / "metrics.jsonl").exists()]
         assert [row["step"] for row in run.metrics()] == list(range(1, STEPS + 1))
+
+
+def arrays(sweep: SweepDir) -> list[Path]:
+    """The folders of the sweep's job arrays."""
+    return [path.parent for path in sweep.jobs.glob("*/array.json")]
+
+
+def finish(launcher: subprocess.Popen[str]) -> str:
+    """Wait for a launcher that must end well; what it said."""
+    status, out, error = end(launcher)
+    assert status == 0, f"{out}\n{error}"
+    return out + error
