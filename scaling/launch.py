@@ -46,16 +46,20 @@ class LocalLauncher:
     """Failures of one run before this launch gives it up; the next launch tries again."""
     checkpoint_every_s: float = 20.0
     """Seconds between a run's checkpoints: the most work that a kill costs."""
+    micro_batch_tokens: int = 16384
+    """Most tokens in one forward and backward pass; a run that does not fit halves it for itself."""
     compile: Literal["none", "block", "whole"] = "none"
     """torch.compile of each layer, or of the model: one setting for all runs, as it moves results by rounding."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again, to save memory."""
+    cuda_graphs: bool = False
+    """The forward and backward pass as one CUDA graph: pays for small models, which a GPU runs faster than they are started."""
     share: Literal["plain", "processes", "stacked"] = "plain"
     """How small runs share a GPU: one at a time; share_runs processes; share_runs runs of one shape and batch as one."""
     share_runs: int = 8
 
     def __post_init__(self) -> None:
-        for field in ("workers", "threads", "max_attempts", "share_runs"):
+        for field in ("workers", "threads", "max_attempts", "micro_batch_tokens", "share_runs"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InputError(f"launcher.{field} = {value}: must be at least 1")
@@ -76,13 +80,15 @@ class LocalLauncher:
             "--threads": self.threads,
             "--max-attempts": self.max_attempts,
             "--checkpoint-every": self.checkpoint_every_s,
+            "--micro-batch-tokens": self.micro_batch_tokens,
         }
         options |= {
             f"--{name}": value for name in ("compile", "recompute") if (value := getattr(self, name)) != "none"
         }
         if self.share == "stacked":
             options["--stack"] = self.share_runs
-        return [str(part) for option in options.items() for part in option]
+        graphs = ["--cuda-graphs"] if self.cuda_graphs else []
+        return [str(part) for option in options.items() for part in option] + graphs
 
 
 def launch(
@@ -207,8 +213,9 @@ def check_share(launcher: LocalLauncher | SlurmLauncher, wandb: str) -> None:
     Raises:
         InputError: wandb, compilation or recomputation.
     """
-    others = {"wandb.mode": (wandb, "disabled")}
+    others: dict[str, tuple[object, object]] = {"wandb.mode": (wandb, "disabled")}
     others |= {f"launcher.{name}": (getattr(launcher, name), "none") for name in ("compile", "recompute")}
+    others |= {"launcher.cuda_graphs": (launcher.cuda_graphs, False)}
     for setting, (value, only) in others.items():
         if launcher.share == "stacked" and value != only:
             raise InputError(

@@ -206,9 +206,11 @@ def _train(settings: FlagshipSettings, path: Path, run: RunDir, threads: int) ->
     host = Host(
         device_of(settings.launcher.device, world, os.environ),
         threads,
+        micro_batch_tokens=settings.launcher.micro_batch_tokens,
         checkpoint_every_s=settings.launcher.checkpoint_every_s,
         compile=settings.launcher.compile,
         recompute=settings.launcher.recompute,
+        cuda_graphs=settings.launcher.cuda_graphs,
         wandb=settings.wandb,
         progress=sys.stderr.isatty(),
         eval_points=20,

@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["none", "selective", "full"],
         help="what the backward pass computes again, to save memory (default none)",
     )
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="the forward and backward pass as one CUDA graph, for small models"
+    )
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="profile N steps: a trace and a table")
     parser.add_argument("--processes", type=int, metavar="N", help="train one run on N processes of this machine")
     parser.add_argument(
@@ -99,8 +102,9 @@ def main(argv: list[str]) -> int:
         layout_values(args.layout)
     if args.stack < 1:
         raise InputError(f"--stack {args.stack}: must be at least 1")
-    if args.stack > 1 and (args.compile != "none" or args.recompute != "none" or args.wandb != "disabled"):
-        raise InputError("--stack goes with --compile none, --recompute none and --wandb disabled: leave one out")
+    alone = args.compile != "none" or args.recompute != "none" or args.cuda_graphs or args.wandb != "disabled"
+    if args.stack > 1 and alone:
+        raise InputError("--stack goes without --compile, --recompute, --cuda-graphs and --wandb: leave one out")
     if args.processes is not None:
         if args.run is None or args.processes < 1:
             raise InputError(f"--processes {args.processes}: a number of processes, at least 1, for one run's folder")
@@ -126,6 +130,7 @@ def main(argv: list[str]) -> int:
         layout=args.layout,
         compile=args.compile,
         recompute=args.recompute,
+        cuda_graphs=args.cuda_graphs,
         profile_steps=args.profile,
         step_timeout_s=args.step_timeout,
     )

@@ -35,6 +35,8 @@ class Host:
     It moves results by rounding, so the runs of a sweep share one setting."""
     recompute: Recompute = "none"
     """none | selective | full: what the backward pass computes again instead of keeping it; results are the same bits."""
+    cuda_graphs: bool = False
+    """The forward and backward pass as one CUDA graph (train.engine.graphs): pays where a GPU waits for its next kernel."""
     profile_steps: int = 0
     """Steps to profile, after the first few; 0: none."""
     member: Member | None = None
@@ -57,6 +59,7 @@ def check_one_process(spec: RunSpec, host: Host) -> None:
         ("data.document_mask", spec.data.document_mask, False),
         ("precision", spec.precision if spec.precision == "fp8" else "bf16", "bf16"),
         ("compile", host.compile, "none"),
+        ("cuda_graphs", host.cuda_graphs, False),
     ):
         if value != only:
             raise InputError(f"{setting} = {value} trains in one process so far: use one rank, or {setting} = {only}")

@@ -26,6 +26,7 @@ from train.data.loader import Corpus, Loader
 from train.data.tokenizer import EOS
 from train.engine import checkpoint
 from train.engine.evaluation import held_out_bytes_per_token, held_out_loss, source_losses
+from train.engine.graphs import CapturedPass, check_graphs
 from train.engine.host import Host, check_one_process
 from train.engine.optim import Optimizers
 from train.engine.spike import Spikes
@@ -81,6 +82,8 @@ class Trainer:
     def __init__(self, spec: RunSpec, corpus: Corpus, host: Host, world: World | None = None) -> None:
         self.spec, self.corpus, self.host, self.world = spec, corpus, host, world
         self.device = torch.device(host.device)
+        if host.cuda_graphs:
+            check_graphs(self.device, spec.shape)
         if world is None:
             with torch.device("meta"):
                 model = Decoder(spec.shape, spec.precision)
@@ -107,6 +110,7 @@ class Trainer:
         self.progress = Progress()
         self.spikes = None if spec.rollback is None else Spikes(spec.rollback)
         self.parameters = [parameter for _, parameter in self.model.named_parameters()]
+        self.captured = CapturedPass(self._pass, self.parameters) if host.cuda_graphs else None
 
     def _set_up(self, model: Decoder) -> bool:
         """Recomputation and compilation as the host asks; says what compile=auto chose. Returns whether it is compiled."""
@@ -328,12 +332,20 @@ class Trainer:
             loss = self.host.member.gradients(spec, model, *batch, micro)
         else:
             loss = torch.zeros((), device=self.device)
+            if self.captured is not None:
+                self.captured.clear_gradients()
+            run = self.captured or self._pass
             for inputs, targets in zip(inputs_BT.split(micro), targets_BT.split(micro), strict=True):
-                total = model.loss(inputs.to(self.device), targets.to(self.device), spec.optim.z_loss)
-                (total / spec.batch_tokens).backward()
-                loss += total.detach()
+                loss += run(inputs.to(self.device), targets.to(self.device))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, spec.optim.clip_norm)
         return float(loss), float(norm)
+
+    def _pass(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """Add a micro-batch's share of the gradients of the mean loss. Returns its summed loss."""
+        assert isinstance(self.model, Decoder)
+        total = self.model.loss(inputs_BT, targets_BT, self.spec.optim.z_loss)
+        (total / self.spec.batch_tokens).backward()
+        return total.detach()
 
     def watch_loss(self, loss: float) -> None:
         """Track the smoothed training loss.
