@@ -136,17 +136,22 @@ def flops_per_token(shape: ModelShape, causal: bool = True) -> FlopsPerToken:
     )
 
 
-def recomputed_flops(shape: ModelShape, recompute: str) -> float:
+def recomputed_flops(shape: ModelShape, recompute: str, layers: int | None = None) -> float:
     """FLOPs that the backward pass of one token computes again (a layer's last product, down, never is).
 
     full: the layers; selective: attention's key and output and the MLP's up projections.
+
+    Args:
+        layers: how many are recomputed; None: all.
     """
     per_token = flops_per_token(shape)
+    share = 1.0 if layers is None else layers / shape.depth
     if recompute == "none":
         return 0.0
     if recompute == "selective":
-        return per_token.attention_projections / 2 + per_token.mlp / 3
-    return per_token.attention_projections + per_token.attention_scores + per_token.router + per_token.mlp * 2 / 3
+        return share * (per_token.attention_projections / 2 + per_token.mlp / 3)
+    projections = per_token.attention_projections + per_token.router + per_token.mlp * 2 / 3
+    return share * (projections + per_token.attention_scores)
 
 
 def training_flops(
@@ -172,7 +177,7 @@ def training_flops(
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Memory of a training step of one process, nothing sharded or compiled (bench/memory.py holds it against torch's)."""
+    """Memory of a training step of one process or of one of some shards, not compiled (bench/memory.py measures it)."""
 
     weights: int
     """fp32 master weights."""
@@ -185,17 +190,20 @@ class TrainingBytes:
     activations: int
     """What the forward pass of one micro-batch keeps for the backward pass, with the low-precision copies of the weights."""
     working: int
-    """One layer's backward pass, with what it computes again."""
+    """One layer's backward pass, with what it computes again; or gathering embedding and head where that takes more."""
     accumulates: bool = False
     """Whether gradients of earlier micro-batches are there already while a micro-batch is at work."""
+    gathered: int = 0
+    """Sharded: whole weights of embedding and head, of the layer at work and of the one that is fetched ahead."""
+    reduced: int = 0
+    """Sharded: the gradients of embedding and head while they are summed over the ranks."""
 
     @property
     def total(self) -> int:
         """The peak: activations go while gradients come, so it lies at the start of the backward pass or at the update."""
         held = self.gradients if self.accumulates else 0
-        return (
-            self.weights + self.optimizer + max(held + self.activations + self.working, self.gradients + self.update)
-        )
+        at_work = held + self.activations + self.working + self.gathered
+        return self.weights + self.optimizer + max(at_work, self.gradients + max(self.update, self.reduced))
 
 
 def training_bytes(
@@ -205,6 +213,7 @@ def training_bytes(
     precision: str = "fp32",
     recompute: str = "none",
     accumulates: bool = False,
+    layers: int | None = None,
 ) -> TrainingBytes:
     """Bytes of a training step by part, of eager operators without an allocator's rounding.
 
@@ -216,6 +225,8 @@ def training_bytes(
     Args:
         recompute: none | selective | full, as train.run's.
         accumulates: whether a step has several micro-batches.
+        layers: how many are recomputed, from the first one on; None: all. The backward pass comes to them last, when the
+            others' values are gone, so that what it computes again for them is no peak unless all are recomputed.
     """
     p = count_params(shape)
     value = 4 if precision == "fp32" else 2
@@ -234,8 +245,9 @@ def training_bytes(
     }[recompute]
     matrices = p.attention + p.mlp + p.router
     copies = 0 if precision == "fp32" else 2 * matrices
-    of_one = 0 if recompute == "none" else copies // shape.depth
-    again = 0 if recompute == "none" else layer - kept + (value * w if recompute == "selective" else 0)
+    recomputed = 0 if recompute == "none" else shape.depth if layers is None else layers
+    of_one = copies // shape.depth if recomputed == shape.depth else 0
+    again = layer - kept + (value * w if recompute == "selective" else 0) if recomputed == shape.depth else 0
     head = shape.vocab_size * w
     stacked = 17.5 if precision == "fp32" else 14.5  # bytes of a matrix's number while its group steps; measured
     return TrainingBytes(
@@ -243,9 +255,9 @@ def training_bytes(
         optimizer=4 * (2 * p.total - (matrices if optimizer == "muon" else 0)),
         gradients=4 * p.total,
         update=max(0, round(stacked * p.mlp) - 4 * p.attention) if optimizer == "muon" else 0,
-        activations=micro_batch_tokens * (shape.depth * kept + (8 + value) * w)
+        activations=micro_batch_tokens * (recomputed * kept + (shape.depth - recomputed) * layer + (8 + value) * w)
         + 4 * head
-        + (0 if of_one else copies),
+        + copies * (shape.depth - recomputed) // shape.depth,
         working=micro_batch_tokens * (4 * (w + hidden) + again) + of_one,
         accumulates=accumulates,
     )
