@@ -29,8 +29,9 @@ what the sweep's runs did at the same point. A window's deviation, given those b
 possible onset are compared with what a lasting shift would leave (CUSUM for a shift of unknown size, all three together).
 --false-alarm is the probability that a sound run raises an alarm at any time.
 
-verdict.json in the run's folder says what to do; the run reads it between two steps:
-  warn         goes on (default)       checkpoint   writes a checkpoint and goes on       stop   writes one and stops
+verdict.json in the run's folder says how it stands, anew with each full window, and what to do; the run reads it between two
+steps, and puts it into its metrics.jsonl (watch_action, watch_level, watch_final_loss and more) and, where it logs there, wandb:
+  warn         goes on (default)       checkpoint   keeps a checkpoint for good and goes on       stop   writes one and stops
 The same train.flagship command goes on after a stop: an alarm that verdict.json holds already is not raised again.
 
 examples:
@@ -76,6 +77,8 @@ def verdict(state: State, on_alarm: str, step: int) -> dict[str, Any]:
         "reason": str(state.alarm) if state.alarm else None,
         "step": step,
         "window": state.alarm.window if state.alarm else None,
+        "windows": state.windows,
+        "level": state.level,
         "final_loss": state.final_loss,
         "final_interval_90": list(state.final_interval_90),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -160,9 +163,10 @@ def main(argv: list[str]) -> int:
             state = assess(forecast, rows, args.false_alarm, limit)
             at = pace(forecast, rows, device, args.devices, args.planned_tokens_per_s)
             new = verdict(state, args.on_alarm, int(rows[-1]["step"]))
-            if new["action"] != said.get("action") or new["window"] != said.get("window"):
+            is_raised = any(new[key] != said.get(key) for key in ("action", "window"))
+            if is_raised or new["windows"] != said.get("windows"):
                 write_json(run.verdict_json, new)
-                stopped = new["action"] == "stop"
+            stopped = is_raised and new["action"] == "stop"
             said = new
             write_page(args.html or run.path / "watch.html", forecast, rows, state, line(forecast, state, at, rows))
             if not args.json:

@@ -188,9 +188,16 @@ def test_the_command_writes_the_verdict_and_a_page(
     verdict = json.loads(run.verdict_json.read_text())
     assert verdict["action"] == "stop"
     assert "training loss above" in verdict["reason"]
+    assert verdict["windows"] > verdict["window"]
+    assert verdict["level"] > 1
     before = run.verdict_json.stat().st_mtime_ns
     assert main([str(run.path), "--once", "--on-alarm", "stop"]) == 1
     assert run.verdict_json.stat().st_mtime_ns == before  # told once: a run that goes on after it is left alone
+    run.metrics_jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows[: int(0.7 * len(rows))]))
+    assert main([str(run.path), "--once", "--on-alarm", "stop"]) == 1
+    later = json.loads(run.verdict_json.read_text())
+    assert later["windows"] > verdict["windows"]  # how it stands is told anew, of the same alarm
+    assert [later[key] for key in ("action", "window")] == [verdict[key] for key in ("action", "window")]
     page = (run.path / "watch.html").read_text()
     assert 'http-equiv="refresh"' in page
     assert "polygon" in page

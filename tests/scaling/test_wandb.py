@@ -10,26 +10,12 @@ import pytest
 
 from scaling.sweepdir import SweepDir
 
-HEADER_BYTES, BLOCK_BYTES, FRAME_BYTES = 7, 32768, 7
-
-
-def records(file: Path) -> Iterator[bytes]:
-    """The records of a .wandb file: a header, then LevelDB's log format (frames of a block, whole or in parts)."""
-    data, place, parts = file.read_bytes(), HEADER_BYTES, b""
-    while place + FRAME_BYTES <= len(data):
-        if BLOCK_BYTES - place % BLOCK_BYTES < FRAME_BYTES:
-            place += BLOCK_BYTES - place % BLOCK_BYTES
-            continue
-        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        parts += data[place + FRAME_BYTES : place + FRAME_BYTES + size]
-        place += FRAME_BYTES + size
-        if kind in (1, 4):  # whole, or the last part
-            yield parts
-            parts = b""
-
 
 def test_packed_runs_keep_their_ids_and_share_the_group(
-    cli: Callable[..., subprocess.CompletedProcess[str]], settings: list[str], tmp_path: Path
+    cli: Callable[..., subprocess.CompletedProcess[str]],
+    settings: list[str],
+    tmp_path: Path,
+    wandb_records: Callable[[Path], Iterator[bytes]],
 ) -> None:
     pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     done = cli("scaling.sweep", *settings, "seed=0,1", "launcher.workers=1", "wandb.mode=offline", "sweep.dir=mine")
@@ -38,7 +24,7 @@ def test_packed_runs_keep_their_ids_and_share_the_group(
     found = {}
     for file in sweep.runs.glob("*/attempts/0001/wandb/offline-run-*/*.wandb"):
         rows = 0
-        for record in map(pb.Record.FromString, records(file)):
+        for record in map(pb.Record.FromString, wandb_records(file)):
             if record.WhichOneof("record_type") == "run":
                 found[record.run.run_id] = record.run.run_group
             rows += record.WhichOneof("record_type") == "history"

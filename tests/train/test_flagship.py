@@ -116,29 +116,69 @@ def test_the_gpu_of_a_rank(device: str, shown: str, taken: str) -> None:
     assert device_of(device, None, {"CUDA_VISIBLE_DEVICES": shown}) == device
 
 
+WINDOWS = 50
+
+
+def far_from_its_forecast(make_spec: Callable[..., RunSpec], folder: Path) -> Path:
+    """A sealed forecast of a long run whose training loss is expected to be far higher than it will be."""
+    spec = make_spec(steps=20_000)
+    spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, max_epochs=1e6))
+    far_too_high = Channel("train_loss", [math.log(20.0)] * WINDOWS, [0.05] * WINDOWS, [0.0] * WINDOWS, 0.0, 1.0, 1.0)
+    return write_forecast(folder, 20.0, spec, (far_too_high,))
+
+
+def flagship(path: Path, on_alarm: str, processes: int) -> subprocess.Popen[str]:
+    """train.flagship with the watch beside it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.flagship", f"forecast={path}", f"on_alarm={on_alarm}", "run.threads=1",
+         f"run.processes={processes}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_alarm_stops_the_run_with_a_checkpoint(
     make_spec: Callable[..., RunSpec], tmp_path: Path, processes: int
 ) -> None:
-    spec = make_spec(steps=20_000)
-    spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, max_epochs=1e6))
-    windows = 50
-    far_too_high = Channel("train_loss", [math.log(20.0)] * windows, [0.05] * windows, [0.0] * windows, 0.0, 1.0, 1.0)
-    path = write_forecast(tmp_path, 20.0, spec, (far_too_high,))
-    done = subprocess.run(
-        [sys.executable, "-m", "train.flagship", f"forecast={path}", "on_alarm=stop", "run.threads=1",
-         f"run.processes={processes}"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )  # fmt: skip
+    process = flagship(far_from_its_forecast(make_spec, tmp_path), "stop", processes)
+    _, errors = process.communicate(timeout=300)
     run = RunDir(tmp_path / "flagship")
-    assert done.returncode == 130, done.stderr + (run.path / "watch.log").read_text()
-    assert done.stderr.count("the watch asked for it: training loss below its forecast") == 1
+    assert process.returncode == 130, errors + (run.path / "watch.log").read_text()
+    assert errors.count("the watch asked for it: training loss below its forecast") == 1
     assert json.loads(run.verdict_json.read_text())["action"] == "stop"
     (newest, *_) = checkpoint.newest(run.checkpoints)
-    assert f"stopped at step {int(newest.name[5:14])} of 20000, checkpoint written" in done.stderr
+    assert f"stopped at step {int(newest.name[5:14])} of 20000, checkpoint written" in errors
+    assert run.metrics()[-1]["watch_action"] == "stop"
     assert run.record() is None
     assert not run.is_leased()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_alarm_keeps_a_checkpoint_for_good_and_the_run_goes_on(
+    make_spec: Callable[..., RunSpec], tmp_path: Path, processes: int
+) -> None:
+    process = flagship(far_from_its_forecast(make_spec, tmp_path), "checkpoint", processes)
+    run, deadline = RunDir(tmp_path / "flagship"), time.monotonic() + 300
+    try:
+        asked: list[dict[str, object]] = []
+        while not asked or run.metrics()[-1]["step"] < asked[0]["step"] + 5:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, (run.path / "watch.log").read_text()
+            time.sleep(0.2)
+            rows = run.metrics() if run.last_attempt() else []
+            asked = [row for row in rows if row.get("watch_action") == "checkpoint"]
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the watch asked for it" not in errors
+    (kept,) = checkpoint.kept(run.checkpoints, 20_000)  # once, though the alarm stands at every window from there on
+    state = checkpoint.load_first([kept])
+    assert state is not None
+    assert state["step"] == asked[0]["step"]
+    assert state["run_id"] == run.spec().run_id
+    assert str(asked[0]["watch_reason"]).startswith("training loss below its forecast")
+    assert checkpoint.newest(run.checkpoints)[0] != kept  # what it wrote when it was told to end

@@ -21,6 +21,7 @@ from train.data.loader import Corpus
 from train.engine import checkpoint
 from train.engine.evaluation import bits_per_byte
 from train.engine.host import Host
+from train.engine.memory import explained, settle
 from train.engine.metrics import MetricsLog, start_wandb
 from train.engine.profiler import profiled
 from train.engine.record import make_record
@@ -51,6 +52,7 @@ def train(
         The record: written here, or by whoever finished the run before.
     Raises:
         InputError: the corpus is not prepared, or too small for the run; somebody else is training the run.
+        DoesNotFit: not enough memory, by the accounting before training or by the allocator in it.
         Interrupted: a signal asked to stop; a checkpoint was written.
         LostLease: a newer attempt owns the run.
     """
@@ -65,7 +67,9 @@ def train(
             raise InputError(f"run {spec.run_id} is being trained by another process (folder {run.path})")
         return record
     try:
-        return _train(spec, run, host, lease, world)
+        host = settle(spec, host, world)
+        with explained(spec, host, world):
+            return _train(spec, run, host, lease, world)
     finally:
         if lease is not None:
             lease.release()
@@ -79,6 +83,7 @@ def _shared(world: World | None, value: T) -> T:
 def _train(spec: RunSpec, run: RunDir, host: Host, lease: Lease | None, world: World | None) -> RunRecord:
     assert spec.data.digest is not None, "the launcher resolves the corpus"
     began = time.monotonic()
+    verdict = Verdict(run.verdict_json)
     torch.set_num_threads(host.threads)
     corpus = Corpus.open(spec.data.digest)
     check_epochs(spec, corpus.manifest)
@@ -96,7 +101,7 @@ def _train(spec: RunSpec, run: RunDir, host: Host, lease: Lease | None, world: W
         try:
             if not resumed:
                 trainer.branch_off(run)
-            loss = _steps(trainer, run, lease, log, began)
+            loss = _steps(trainer, run, lease, log, verdict, began)
         except Diverged as error:
             status, reason = "diverged", str(error)
     trainer.progress.wall_s = wall_before + time.monotonic() - began
@@ -126,7 +131,9 @@ def _check_lease(lease: Lease | None, world: World | None) -> None:
         raise lost
 
 
-def _steps(trainer: Trainer, run: RunDir, lease: Lease | None, log: MetricsLog | None, began: float) -> float:
+def _steps(
+    trainer: Trainer, run: RunDir, lease: Lease | None, log: MetricsLog | None, verdict: Verdict, began: float
+) -> float:
     """Step to the end of the run. Returns the final held-out loss."""
     spec, host, world = trainer.spec, trainer.host, trainer.world
     wall_before = trainer.progress.wall_s
@@ -142,16 +149,15 @@ def _steps(trainer: Trainer, run: RunDir, lease: Lease | None, log: MetricsLog |
         leave=False,
     )
 
-    def save() -> None:
+    def save(keep: bool = False) -> None:
         nonlocal saved
         _check_lease(lease, world)
         if log is not None:
             log.sync()
         trainer.progress.wall_s = wall_before + time.monotonic() - began
-        trainer.save(run.checkpoints)
+        trainer.save(run.checkpoints, keep)
         saved = time.monotonic()
 
-    verdict = Verdict(run.verdict_json)
     batches = _batches(trainer)
     timed: Iterator[tuple[torch.Tensor, torch.Tensor, float]] = batches
     if host.profile_steps and lease is not None:
@@ -180,26 +186,29 @@ def _steps(trainer: Trainer, run: RunDir, lease: Lease | None, log: MetricsLog |
                 row["val_loss"] = val_loss
                 row["val_bits_per_byte"] = bits_per_byte(val_loss, trainer.bytes_per_token)
                 row |= {f"val_loss_{name}": loss for name, loss in trainer.source_losses.items()}
+            said = verdict.look() if lease is not None else None
+            if said is not None:
+                row |= said.row
             if log is not None:
                 log.write(row)
             bar.update(progress.step - bar.n)
             bar.set_postfix(loss=f"{row['train_loss']:.3f}", refresh=False)
-            asked = verdict.action() if world is None or world.leads else None
-            stop = stop_requested() or asked == "stop"
-            due = asked == "checkpoint" or time.monotonic() - saved > host.checkpoint_every_s
+            asked = None if said is None else said.asked
+            stop, keep = stop_requested() or asked == "stop", asked == "checkpoint"
+            due = keep or time.monotonic() - saved > host.checkpoint_every_s
             if world is not None:
                 world.watch(host.step_timeout_s)
-                stop, due = world.agree(stop, due and world.leads)
+                stop, due, keep = world.agree(stop, due and world.leads, keep)
             if stop:
                 save()
                 trainer.writer.wait()
                 raise Interrupted(
                     f"run {spec.run_id}: stopped at step {progress.step} of {spec.steps}, checkpoint written"
-                    + (f"; the watch asked for it: {verdict.reason}" if asked == "stop" else "")
+                    + (f"; the watch asked for it: {said.reason}" if said is not None and asked == "stop" else "")
                 )
             due = due or trainer.is_rollback_step()
             if (due and progress.step < spec.steps) or progress.step in spec.keep_steps:
-                save()
+                save(keep)
     if math.isnan(val_loss):  # resumed from the last step's checkpoint: there was no step left to do
         val_loss = trainer.evaluate()
     if not math.isfinite(val_loss):

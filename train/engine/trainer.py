@@ -164,14 +164,17 @@ class Trainer:
                 f"checkpoint of run {state['run_id']} in the folder of run {self.spec.run_id}: delete it"
             )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, keep: bool = False) -> None:
         """Copy the state of this step and have a thread write its checkpoint, for good where branches start from it.
 
         The run waits for the checkpoint before, if that is still being written. Where the disk is full the checkpoints that
         were there are untouched, and the run goes on.
+
+        Args:
+            keep: for good in any case.
         """
         step = self.progress.step
-        path = checkpoint.checkpoint_path(folder, step, step in self.spec.keep_steps)
+        path = checkpoint.checkpoint_path(folder, step, keep or step in self.spec.keep_steps)
         spared = [] if self.spikes is None else self._checkpoints(folder, self.spikes.targets(step))
         self.writer.wait()
         state = staged({"step": step, **self.state_dict()})
