@@ -214,6 +214,7 @@ def training_bytes(
     recompute: str = "none",
     accumulates: bool = False,
     layers: int | None = None,
+    shards: int = 1,
 ) -> TrainingBytes:
     """Bytes of a training step by part, of eager operators without an allocator's rounding.
 
@@ -227,6 +228,8 @@ def training_bytes(
         accumulates: whether a step has several micro-batches.
         layers: how many are recomputed, from the first one on; None: all. The backward pass comes to them last, when the
             others' values are gone, so that what it computes again for them is no peak unless all are recomputed.
+        shards: ranks that share weights, gradients and optimizer states (FSDP), a layer gathered at a time, into a buffer
+            and out of it; the tokens are those of one.
     """
     p = count_params(shape)
     value = 4 if precision == "fp32" else 2
@@ -249,15 +252,23 @@ def training_bytes(
     of_one = copies // shape.depth if recomputed == shape.depth else 0
     again = layer - kept + (value * w if recompute == "selective" else 0) if recomputed == shape.depth else 0
     head = shape.vocab_size * w
-    stacked = 17.5 if precision == "fp32" else 14.5  # bytes of a matrix's number while its group steps; measured
+    # bytes of a matrix's number while its group steps, measured; sharded, the gradients of a layer are one tensor
+    stacked = {"fp32": 17.5}.get(precision, 14.5) if shards == 1 else {"fp32": 19.0}.get(precision, 18.0)
+    freed = 4 * p.attention if shards == 1 else 0
+    working = micro_batch_tokens * (4 * (w + hidden) + again) + of_one
+    ends, of_layer = 4 * (p.embedding + p.head), 4 * (p.non_embedding // shape.depth)
+    if shards > 1:
+        working = max(working, ends - 2 * of_layer)
     return TrainingBytes(
-        weights=4 * p.total,
-        optimizer=4 * (2 * p.total - (matrices if optimizer == "muon" else 0)),
-        gradients=4 * p.total,
-        update=max(0, round(stacked * p.mlp) - 4 * p.attention) if optimizer == "muon" else 0,
+        weights=4 * p.total // shards,
+        optimizer=4 * (2 * p.total - (matrices if optimizer == "muon" else 0)) // shards,
+        gradients=4 * p.total // shards,
+        update=max(0, round(stacked * p.mlp / shards) - freed) if optimizer == "muon" else 0,
         activations=micro_batch_tokens * (recomputed * kept + (shape.depth - recomputed) * layer + (8 + value) * w)
         + 4 * head
         + copies * (shape.depth - recomputed) // shape.depth,
-        working=micro_batch_tokens * (4 * (w + hidden) + again) + of_one,
+        working=working,
         accumulates=accumulates,
+        gathered=ends + 2 * of_layer if shards > 1 else 0,
+        reduced=2 * ends + 4 * head if shards > 1 else 0,
     )
