@@ -50,8 +50,10 @@ class LocalLauncher:
     """Most tokens in one forward and backward pass; a run that does not fit halves it for itself."""
     compile: Literal["none", "block", "whole"] = "none"
     """torch.compile of each layer, or of the model: one setting for all runs, as it moves results by rounding."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again, to save memory."""
+    recompute: Literal["none", "selective", "full", "budget"] = "none"
+    """What the backward pass computes again, to save memory; budget: the least of it that fits memory_budget_bytes."""
+    memory_budget_bytes: float | None = None
+    """recompute=budget: memory of one worker's training step; None: all that the device has."""
     cuda_graphs: bool = False
     """The forward and backward pass as one CUDA graph: pays for small models, which a GPU runs faster than they are started."""
     share: Literal["plain", "processes", "stacked"] = "plain"
@@ -85,6 +87,8 @@ class LocalLauncher:
         options |= {
             f"--{name}": value for name in ("compile", "recompute") if (value := getattr(self, name)) != "none"
         }
+        if self.memory_budget_bytes is not None:
+            options["--memory-budget"] = self.memory_budget_bytes
         if self.share == "stacked":
             options["--stack"] = self.share_runs
         graphs = ["--cuda-graphs"] if self.cuda_graphs else []

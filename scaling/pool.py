@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from scaling.errors import InputError
 from scaling.files import read_json
+from scaling.memory import explain_kill
 from scaling.sweepdir import LAUNCH_VARIABLE, RunDir, SweepDir
 
 POLL_S = 0.2
@@ -122,9 +124,9 @@ class WorkerPool:
                     continue
                 self._deaths[run_id] += 1
                 if self._deaths[run_id] >= self._max_attempts:
-                    self._give_up(
-                        run_id, f"its worker died {self._max_attempts} times: {_ending(status)}", write=True
-                    )
+                    run = self.open[run_id]
+                    why = explain_kill(run.spec(), _provenance(run)) if out_of_memory else _ending(status)
+                    self._give_up(run_id, f"its worker died {self._max_attempts} times: {why}", write=True)
             tried = [run_id for run_id in self.open if self.open[run_id].failures(self._launch)]
             for run_id in tried:
                 # a worker that comes to its end (0, or 1 when runs failed) has tried as often as it may
@@ -225,14 +227,18 @@ def halve_micro_batch(run: RunDir) -> bool:
     Returns:
         False where that attempt's was one sequence already, or where it ended before it said what it was.
     """
-    provenance = run.attempt_dir(run.last_attempt()) / "provenance.json"
-    if not provenance.exists():
+    provenance = _provenance(run)
+    micro_batch, spec = provenance.get("micro_batch_tokens", 0), run.spec()
+    if micro_batch <= spec.shape.seq_len:
         return False
-    micro_batch = read_json(provenance, "provenance")["micro_batch_tokens"]
-    if micro_batch <= run.spec().shape.seq_len:
-        return False
-    run.write_failure(run.last_attempt(), "killed for want of memory", out_of_memory_at=micro_batch)
+    run.write_failure(run.last_attempt(), explain_kill(spec, provenance), out_of_memory_at=micro_batch)
     return True
+
+
+def _provenance(run: RunDir) -> dict[str, Any]:
+    """What the last attempt said that it ran on; empty where it ended before it did."""
+    path = run.attempt_dir(run.last_attempt()) / "provenance.json"
+    return read_json(path, "provenance") if path.exists() else {}
 
 
 def _memory_kills() -> int:

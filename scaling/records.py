@@ -123,6 +123,8 @@ class RunRecord:
     """MFU with the FLOPs of what the backward pass computed again."""
     data_wait_s: float | None = field(default=None, metadata={"absent": None})
     """Of train_s: waiting for batches."""
+    recompute: str = field(default="none", metadata={"absent": "none"})
+    """What the backward pass computed again, which changes no bit of the result."""
     source_losses: dict[str, float] = field(default_factory=dict, metadata={"absent": {}})
     """data=mixture: held-out loss of each source, nats per token."""
     source_epochs: dict[str, float] = field(default_factory=dict, metadata={"absent": {}})

@@ -210,6 +210,7 @@ def _train(settings: FlagshipSettings, path: Path, run: RunDir, threads: int) ->
         checkpoint_every_s=settings.launcher.checkpoint_every_s,
         compile=settings.launcher.compile,
         recompute=settings.launcher.recompute,
+        memory_budget_bytes=settings.launcher.memory_budget_bytes,
         cuda_graphs=settings.launcher.cuda_graphs,
         wandb=settings.wandb,
         progress=sys.stderr.isatty(),

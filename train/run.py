@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
+from scaling.config import to_dict
 from scaling.errors import InputError, run_command
 from scaling.files import write_json
 from scaling.layout import layout_values
@@ -67,8 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recompute",
         default="none",
-        choices=["none", "selective", "full"],
-        help="what the backward pass computes again, to save memory (default none)",
+        choices=["none", "selective", "full", "budget"],
+        help="what the backward pass computes again, to save memory; budget: the least that fits (default none)",
+    )
+    parser.add_argument(
+        "--memory-budget", type=float, metavar="BYTES", help="of --recompute budget (default: what the device has)"
     )
     parser.add_argument(
         "--cuda-graphs", action="store_true", help="the forward and backward pass as one CUDA graph, for small models"
@@ -130,6 +134,7 @@ def main(argv: list[str]) -> int:
         layout=args.layout,
         compile=args.compile,
         recompute=args.recompute,
+        memory_budget_bytes=args.memory_budget,
         cuda_graphs=args.cuda_graphs,
         profile_steps=args.profile,
         step_timeout_s=args.step_timeout,
@@ -240,15 +245,17 @@ def _attempts(mates: list[Taken], host: Host, world: World | None) -> list[bool]
 def _attempt(run: RunDir, host: Host, lease: Lease, world: World | None = None) -> bool:
     """One attempt at a run. Returns False when it raised, other than for memory that a smaller micro-batch may save."""
     from train.engine import train
+    from train.engine.memory import is_out_of_memory
 
     spec = run.spec()
     micro_batch = min(host.micro_batch_tokens, spec.batch_tokens, run.micro_batch_limit() or spec.batch_tokens)
     micro_batch = max(micro_batch, spec.shape.seq_len)
-    write_json(lease.folder / "provenance.json", _provenance(host, micro_batch))
+    host = dataclasses.replace(host, micro_batch_tokens=micro_batch)
+    write_json(lease.folder / "provenance.json", _provenance(host, micro_batch, world))
     if world is not None:
         world.share((run.path.name, micro_batch))
     try:
-        train(spec, run, dataclasses.replace(host, micro_batch_tokens=micro_batch), lease, world)
+        train(spec, run, host, lease, world)
     except LostLease as error:
         print(error, file=sys.stderr)
     except Exception as error:
@@ -256,7 +263,7 @@ def _attempt(run: RunDir, host: Host, lease: Lease, world: World | None = None) 
         reason = " ".join(f"{type(shown).__name__}: {shown}".split())
         print(f"run {run.path.name}: {reason}", file=sys.stderr)
         traceback.print_exc()
-        can_shrink = _is_out_of_memory(shown) and micro_batch > spec.shape.seq_len
+        can_shrink = is_out_of_memory(shown) and micro_batch > spec.shape.seq_len
         run.write_failure(lease.attempt, reason, out_of_memory_at=micro_batch if can_shrink else None)
         lease.release()
         if world is not None:  # the other ranks are somewhere in the step
@@ -265,23 +272,18 @@ def _attempt(run: RunDir, host: Host, lease: Lease, world: World | None = None) 
     return True
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, of the device or of the process (torch's CPU allocator raises a plain RuntimeError)."""
-    import torch
+def _provenance(host: Host, micro_batch_tokens: int, world: World | None) -> dict[str, object]:
+    """What an attempt ran on: code, libraries, device, memory, host, SLURM job."""
+    from train.engine.memory import room, settings
 
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in ("can't allocate memory", "OutOfMemoryError")
-    )
-
-
-def _provenance(host: Host, micro_batch_tokens: int) -> dict[str, object]:
-    """What an attempt ran on: code, libraries, device, host, SLURM job."""
+    memory = {"settings": to_dict(settings(host, world)), "room": to_dict(room(host.device))}
     return {
         "commit": git_commit(),
         "versions": versions("torch", "numpy", "tokenizers", "isoflop"),
         "device": host.device,
         "threads": host.threads,
         "micro_batch_tokens": micro_batch_tokens,
+        "memory": memory,
         "host": socket.gethostname(),
         "slurm": slurm_ids(),
     }

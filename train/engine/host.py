@@ -33,8 +33,13 @@ class Host:
     compile: Compile = "none"
     """none | block | whole | auto: torch.compile of each layer, or of the model; auto: block on runs of over two minutes.
     It moves results by rounding, so the runs of a sweep share one setting."""
-    recompute: Recompute = "none"
-    """none | selective | full: what the backward pass computes again instead of keeping it; results are the same bits."""
+    recompute: Recompute | Literal["budget"] = "none"
+    """none | selective | full: what the backward pass computes again instead of keeping it; results are the same bits.
+    budget: the least of it that fits (train.engine.memory), which may be full of the first layers alone."""
+    recompute_layers: int | None = None
+    """How many layers recompute, from the first on; None: all."""
+    memory_budget_bytes: float | None = None
+    """recompute=budget: of a training step; None: what the device has."""
     cuda_graphs: bool = False
     """The forward and backward pass as one CUDA graph (train.engine.graphs): pays where a GPU waits for its next kernel."""
     profile_steps: int = 0
@@ -47,6 +52,11 @@ class Host:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise InputError(f"threads = {self.threads}: must be at least 1")
+        if self.memory_budget_bytes is not None and (self.recompute != "budget" or not self.memory_budget_bytes > 0):
+            raise InputError(
+                f"memory_budget_bytes = {self.memory_budget_bytes:g} with recompute={self.recompute}: a positive number of "
+                "bytes, with recompute=budget"
+            )
 
 
 def check_one_process(spec: RunSpec, host: Host) -> None:

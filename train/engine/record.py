@@ -6,11 +6,13 @@ import torch
 
 from scaling.accounting import FLOPS_CONVENTIONS, PARAMS_CONVENTIONS, recomputed_flops, training_flops
 from scaling.hardware import match_device
+from scaling.memory import describe_recompute
 from scaling.mixture import source_epochs
 from scaling.provenance import git_commit, versions
 from scaling.records import RunRecord, Status
 from scaling.sweepdir import Lease
 from train.engine.evaluation import bits_per_byte
+from train.engine.memory import settings
 from train.engine.trainer import Trainer
 
 
@@ -30,7 +32,8 @@ def make_record(trainer: Trainer, lease: Lease, status: Status, loss: float | No
     computed = {
         "mfu": training_flops(spec.shape, trained),
         "mfu_full_attention": training_flops(spec.shape, trained, "full_attention"),
-        "hfu": training_flops(spec.shape, trained) + recomputed_flops(spec.shape, trainer.host.recompute) * trained,
+        "hfu": training_flops(spec.shape, trained)
+        + recomputed_flops(spec.shape, trainer.host.recompute, trainer.host.recompute_layers) * trained,
     }
     utilisation = {name: None if peak is None else flops / train_s / peak for name, flops in computed.items()}
     return RunRecord(
@@ -51,6 +54,7 @@ def make_record(trainer: Trainer, lease: Lease, status: Status, loss: float | No
         mfu_full_attention=utilisation["mfu_full_attention"],
         hfu=utilisation["hfu"],
         data_wait_s=progress.data_wait_s,
+        recompute=describe_recompute(settings(trainer.host, trainer.world)),
         source_losses=trainer.source_losses if status == "ok" else {},
         source_epochs=source_epochs(spec, corpus.manifest, tokens) if spec.data.mixture else {},
         start_step=progress.start_step,

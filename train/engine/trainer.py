@@ -96,6 +96,7 @@ class Trainer:
             from train.engine.parallel.model import parallel_model  # seconds: one process never needs it
 
             check_one_process(spec, host)
+            assert host.recompute != "budget", "resolved by the caller"
             self.compiled = False
             self.model = parallel_model(
                 spec, host.layout, host.micro_batch_tokens, host.recompute, world, self.device
@@ -125,7 +126,8 @@ class Trainer:
         if self.spec.precision == "fp8":
             check_fp8(self.device)
             use_fp8(model.model.layers)
-        set_up(model, compiled, host.recompute)
+        assert host.recompute != "budget", "resolved by the caller"
+        set_up(model, compiled, host.recompute, host.recompute_layers)
         return compiled != "none"
 
     @property

@@ -60,21 +60,22 @@ def recomputed(forward: Callable[..., Tensor], recompute: Recompute) -> Callable
     return run
 
 
-def set_up(model: Decoder, compiled: Compile, recompute: Recompute) -> None:
+def set_up(model: Decoder, compiled: Compile, recompute: Recompute, layers: int | None = None) -> None:
     """Recompute and compile a model's layers, in place. Evaluation should run under `torch.compiler.set_stance("force_eager")`.
 
     Args:
         compiled: none; block: each layer, once for all of them; whole: embedding to final norm in one graph.
         recompute: what the backward pass computes again: none; selective: all but attention's and half of the matrix
             products' outputs; full: each layer from its input.
+        layers: how many layers recompute, from the first on; None: all.
     Raises:
         InputError: experts, whose shapes follow the data, with compilation.
     """
     assert compiled != "auto", "resolved by the caller"
     if compiled != "none" and model.shape.experts:
         raise InputError(f"compile={compiled}: the shapes of experts follow the data: use compile=none")
-    for layer in model.model.layers:
-        if recompute != "none":
+    for number, layer in enumerate(model.model.layers):
+        if recompute != "none" and (layers is None or number < layers):
             layer.forward = recomputed(layer.forward, recompute)
         if compiled == "block":
             layer.compile(dynamic=False)
