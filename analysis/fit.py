@@ -163,10 +163,6 @@ def main(argv: list[str]) -> int:
     runs = drop(runs, dropped)
     if args.hold_out is not None:
         return _hold_out(args, runs)
-    if args.out is not None and runs.plan is not None and (bounds := questions.bounds(args)):
-        raise InputError(
-            f"--out seals the forecast of a sweep's best run without limits: leave out {', '.join(bounds)}, or --out"
-        )
     if args.out is not None and runs.plan is not None and len(args.budget or [0]) > 1:
         raise InputError(f"--out writes one forecast: give one --budget, not {len(args.budget)}")
     at = load_points(args.predict) if args.predict else []
@@ -235,7 +231,7 @@ def _write(args: argparse.Namespace, said: Answer) -> None:
     if args.out is not None:
         check_writable(args.out)
     if args.out is not None and said.runs.plan is not None:
-        made = make_forecast(said.fit, said.runs, said.budgets[0])
+        made = make_forecast(said.fit, said.runs, said.budgets[0], limits=said.limits)
         forecast = write_forecast(args.out / "forecast.json", made)
     if args.json:
         print(json.dumps(said.to_dict(), allow_nan=False))

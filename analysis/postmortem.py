@@ -114,15 +114,20 @@ def fitted_runs(forecast: Forecast, sweep: Path) -> Runs:
     return dataclasses.replace(runs, table=table.reset_index(drop=True))
 
 
-def with_flagship(runs: Runs, record: RunRecord) -> Runs:
-    """The runs and the flagship, counted in the runs' convention."""
+def with_flagship(runs: Runs, record: RunRecord, worth: tuple[float, float] | None = None) -> Runs:
+    """The runs and the flagship, counted in the runs' convention.
+
+    Args:
+        worth: N and D that it was worth, where it repeated its text; its own when None.
+    """
     import pandas as pd
 
+    n, d = worth or (record.params[runs.convention["params"]], record.tokens)
     row = {
         "run_id": record.run_id,
         "status": record.status,
-        "n_params": record.params[runs.convention["params"]],
-        "n_tokens": record.tokens,
+        "n_params": n,
+        "n_tokens": d,
         "flops": record.flops["exact"],
         "loss": record.loss,
         "seed": record.spec.seed,
@@ -161,13 +166,26 @@ def fitted_as(forecast: Forecast) -> tuple[str, Robust]:
 
 def refit(run: Path, forecast: Forecast, record: RunRecord, sweep: Path) -> tuple[FitResult, Runs, Outcome]:
     """The law as it was, the runs it was fitted on, and the outcome with the law fitted on them and the flagship."""
+    import numpy as np
+
+    from analysis.decide.allocate import flops_per_token_of
+    from analysis.decide.limits import Limits
+    from analysis.decide.optimum import Search
     from analysis.inference import fit_law
     from analysis.show.report import Outcome
 
     assert record.loss is not None
     runs = fitted_runs(forecast, sweep)
     law, robust = fitted_as(forecast)
-    before, after = (fit_law(r, law=law, robust=robust) for r in (runs, with_flagship(runs, record)))
+    before = fit_law(runs, law=law, robust=robust)
+    worth = None
+    if "unique_tokens" in forecast.limits:
+        family = runs.plan.family if runs.plan is not None else None
+        search = Search(before, flops_per_token_of(before, family), Limits(**forecast.limits))
+        counted = record.params[runs.convention["params"]], record.tokens
+        n, d = search.worth(*(np.array(x, float) for x in counted))
+        worth = float(n), float(d)
+    after = fit_law(with_flagship(runs, record, worth), law=law, robust=robust)
     target = next_target(before, after, runs, NEXT_FACTOR * record.flops["exact"])
     return before, runs, Outcome(compare(forecast, record.loss), RunDir(run).metrics(), str(run), after, target)
 

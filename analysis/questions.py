@@ -6,9 +6,9 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from analysis.decide.allocate import params_from_total
+from analysis.decide.allocate import as_counted
 from analysis.decide.answer import Answer
-from analysis.decide.limits import Limits, serving_params
+from analysis.decide.limits import Limits, params_in_memory, params_in_time
 from analysis.inference import FitResult
 from analysis.runs import Runs
 from scaling.errors import InputError
@@ -28,14 +28,17 @@ HELP = """Budgets and limits:
   end). Two limits that choose the same thing, or that no N keeps at once, are refused by name."""
 
 _POSITIVE = (
-    *("gpu_hours", "usd", "devices", "usd_per_hour", "mfu", "max_params", "serve_memory_gb", "serve_ms_per_token"),
-    *("serve_devices", "bytes_per_param", "unique_tokens", "max_epochs", "served_tokens", "serve_mfu", "overtrain"),
-    "tokens_per_param",
-)
-
-
-_BOUNDS = (
-    *("max_params", "serve_memory_gb", "serve_ms_per_token", "unique_tokens", "served_tokens", "overtrain"),
+    *("gpu_hours", "usd", "devices", "usd_per_hour", "mfu", "max_params", "max_active_params", "serve_memory_gb"),
+    *(
+        "serve_ms_per_token",
+        "serve_devices",
+        "bytes_per_param",
+        "unique_tokens",
+        "max_epochs",
+        "served_tokens",
+        "serve_mfu",
+        "overtrain",
+    ),
     "tokens_per_param",
 )
 
@@ -81,8 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits that the answer keeps")
     add = limits.add_argument
     add("--max-params", type=float, metavar="N", help="largest N")
-    add("--serve-memory-gb", type=float, metavar="GB", help="N whose weights fit 70%% of this memory")
-    add("--serve-ms-per-token", type=float, metavar="T", help="N whose weights --serve-devices read in this time")
+    add("--max-active-params", type=float, metavar="N", help="most parameters that a token meets (with experts)")
+    add("--serve-memory-gb", type=float, metavar="GB", help="all weights fit 70%% of this memory, every expert's too")
+    add(
+        "--serve-ms-per-token",
+        type=float,
+        metavar="T",
+        help="--serve-devices read in this time the weights that a token meets",
+    )
     add("--serve-devices", type=int, default=1, metavar="K", help="devices that serve one copy (default 1)")
     add("--bytes-per-param", type=float, default=2.0, metavar="B", help="of a served weight (default 2: bf16)")
     add("--unique-tokens", type=float, metavar="U", help="different tokens at hand; beyond them they repeat")
@@ -117,11 +126,6 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--serve-mfu {args.serve_mfu:g}: of what? give --served-tokens too")
 
 
-def bounds(args: argparse.Namespace) -> list[str]:
-    """The flags of the limits that were given."""
-    return [f"--{name.replace('_', '-')}" for name in _BOUNDS if getattr(args, name) is not None]
-
-
 def money(args: argparse.Namespace) -> Money:
     """Device, number, MFU and rent that were asked for."""
     from scaling.cost import TYPICAL_MFU
@@ -145,15 +149,16 @@ def budgets(args: argparse.Namespace, default_flops: float) -> list[float]:
 def limits(args: argparse.Namespace, fit: FitResult, runs: Runs) -> Limits:
     """The limits that were asked for, N in the fit's convention."""
     caps = [(args.max_params, "--max-params")] if args.max_params else []
-    for flag, memory_bytes, seconds in (
-        ("--serve-memory-gb", args.serve_memory_gb and args.serve_memory_gb * 1e9, None),
-        ("--serve-ms-per-token", None, args.serve_ms_per_token and args.serve_ms_per_token / 1e3),
-    ):
-        if memory_bytes or seconds:
-            bandwidth = money(args).device.bandwidth * args.serve_devices
-            total = serving_params(memory_bytes, seconds, bandwidth, args.bytes_per_param)
-            family = runs.plan.family if runs.plan is not None else None
-            caps.append((params_from_total(fit, family, total), flag))
+    family = runs.plan.family if runs.plan is not None else None
+    most = {"--max-active-params": args.max_active_params}
+    if args.serve_memory_gb:
+        most["--serve-memory-gb"] = params_in_memory(args.serve_memory_gb * 1e9, args.bytes_per_param)
+    if args.serve_ms_per_token:
+        bandwidth = money(args).device.bandwidth * args.serve_devices
+        most["--serve-ms-per-token"] = params_in_time(args.serve_ms_per_token / 1e3, bandwidth, args.bytes_per_param)
+    for flag, params in most.items():
+        if params:
+            caps.append((as_counted(fit, family, params, flag, active=flag != "--serve-memory-gb"), flag))
     smallest, source = min(caps, default=(None, "max_params"))
     return Limits(
         max_params=smallest,

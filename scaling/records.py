@@ -255,6 +255,8 @@ class Forecast:
     """Warnings, runs left out and why."""
     channels: list[Channel] = field(default_factory=list, metadata={"absent": []})
     """What the watch expects; empty when the sweep's metrics are not at hand."""
+    limits: dict[str, Any] = field(default_factory=dict, metadata={"absent": {}})
+    """What bounded `spec` beside target_flops, by the names of analysis.decide.limits.Limits; max_params in the convention above."""
     seal: str = ""
     """sha256 over the canonical JSON of all the other fields."""
 

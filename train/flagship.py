@@ -153,6 +153,8 @@ def _introduce(settings: FlagshipSettings, forecast: Forecast, threads: int) -> 
         f" {spec.tokens:,} tokens, {spec.flops:.3g} FLOPs ({forecast.extrapolation_ratio:.1f}× the largest run)\n"
         f"sealed forecast {forecast.loss:.4f}, 90% {forecast.interval_90[0]:.4f} to {forecast.interval_90[1]:.4f}"
     )
+    if forecast.limits:
+        print("within " + ", ".join(f"{name} {value}" for name, value in forecast.limits.items()))
     if settings.launcher.device == "cpu":
         print(f"about {readable_time(run_seconds(spec, find_device('cpu')))} of one core; {threads} at work")
 

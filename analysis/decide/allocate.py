@@ -13,7 +13,7 @@ from analysis.decide.optimum import Search, Sureness
 from analysis.inference import FitResult
 from analysis.inference.target import Target, cheapest
 from analysis.laws.law import Floats
-from scaling.accounting import PARAMS_CONVENTIONS, ParamsConvention, count_params, flops_per_token
+from scaling.accounting import PARAMS_CONVENTIONS, ParamCount, ParamsConvention, count_params, flops_per_token
 from scaling.errors import InputError
 from scaling.shape import ShapeFamily
 
@@ -41,6 +41,8 @@ class Allocation:
     """D over the unique tokens, where they are limited."""
     unlimited: tuple[float, float, float] | None = None
     """N, D and loss without the limits, where there are limits."""
+    held: tuple[float, float] | None = None
+    """All parameters, and those that a token meets, at N* of a family with experts."""
 
     @property
     def batch_tokens(self) -> tuple[float, float]:
@@ -66,6 +68,8 @@ class Allocation:
             "train_flops": self.train_flops,
             "epochs": self.epochs,
             "unlimited": None if self.unlimited is None else list(self.unlimited),
+            "params_total": None if self.held is None else self.held[0],
+            "params_active": None if self.held is None else self.held[1],
         }
 
 
@@ -90,7 +94,12 @@ def allocate(
     train = d * float(search.per_token(np.array([n]))[0])
     epochs = None if limits.unique_tokens is None else d / limits.unique_tokens
     sure = search.sureness(budget_flops, n)
-    return Allocation(budget_flops, n, d, loss, *low_high, sure, train, epochs, unlimited)
+    held = None
+    if family is not None and family.experts is not None:
+        in_all, met = (_counts(family, count) for count in (ParamCount.count, ParamCount.active))
+        named = _counts(family, ParamCount.count, _convention(fit.convention["params"]))
+        held = _along(named, in_all, n), _along(named, met, n)
+    return Allocation(budget_flops, n, d, loss, *low_high, sure, train, epochs, unlimited, held)
 
 
 def cheapest_within(
@@ -138,13 +147,36 @@ def flops_per_token_of(fit: FitResult, family: ShapeFamily | None) -> Callable[[
     return family_flops_per_token(family, fit.convention["params"], fit.convention["flops"] != "full_attention")
 
 
-def params_from_total(fit: FitResult, family: ShapeFamily | None, total: float) -> float:
-    """N in the fit's convention of the family's shape with so many parameters in all; `total` itself without a family."""
-    if family is None or fit.convention["params"] in ("total", "active"):
-        return total
-    counts = [count_params(family.shape(int(w))) for w in family_widths(family)]
-    named = [c.count(_convention(fit.convention["params"])) for c in counts]
-    return float(np.exp(np.interp(np.log(total), np.log([c.total for c in counts]), np.log(named))))
+def as_counted(fit: FitResult, family: ShapeFamily | None, params: float, flag: str, active: bool = False) -> float:
+    """N in the fit's convention of the family's shape with so many parameters; `params` itself without a family.
+
+    Args:
+        flag: what bounds them, for messages.
+        active: it bounds those that a token meets (they are read and multiplied for each), not all (they are held).
+    Raises:
+        InputError: runs from a file that count the active parameters, and a bound on all.
+    """
+    if family is None:
+        if fit.convention["params"] == "active" and not active:
+            raise InputError(
+                f"{flag} and --convention active conflict: memory holds every expert, and these runs say only how many "
+                "parameters a token meets; give the runs' total N, or --max-params"
+            )
+        return params
+    given = _counts(family, ParamCount.active if active else ParamCount.count)
+    return _along(given, _counts(family, ParamCount.count, _convention(fit.convention["params"])), params)
+
+
+def _counts(
+    family: ShapeFamily, count: Callable[[ParamCount, ParamsConvention], int], convention: ParamsConvention = "total"
+) -> Floats:
+    """Parameters of the family's shapes."""
+    return np.array([count(count_params(family.shape(int(w))), convention) for w in family_widths(family)], float)
+
+
+def _along(x: Floats, y: Floats, at: float) -> float:
+    """y where x is `at`, between the family's shapes in ln–ln."""
+    return float(np.exp(np.interp(np.log(at), np.log(x), np.log(y))))
 
 
 def predict_with_intervals(
@@ -191,23 +223,41 @@ def family_flops_per_token(family: ShapeFamily, convention: str, causal: bool = 
 
 
 def best_width(
-    fit: FitResult, family: ShapeFamily, budget_flops: float, tokens_per_param: tuple[float, float] | None = None
+    fit: FitResult,
+    family: ShapeFamily,
+    budget_flops: float,
+    tokens_per_param: tuple[float, float] | None = None,
+    limits: Limits = NONE,
 ) -> int:
     """The family's width with the lowest predicted loss when the whole budget is spent on it.
 
     Args:
         tokens_per_param: range of D/N to stay in (the sweep's own, where the law was measured); ignored when no width
             of the family is inside.
+        limits: bounds to keep; where they fix D/N, the width that comes nearest to it is the best.
+    Raises:
+        InputError: no width of the family is within the limits.
     """
     params = _convention(fit.convention["params"])
     widths = family_widths(family)
     shapes = [family.shape(int(w)) for w in widths]
     n = np.array([count_params(s).count(params) for s in shapes], float)
-    d = budget_flops / np.array([flops_per_token(s).train for s in shapes])
-    loss = np.asarray(fit.predict(n, d))
+    search = Search(fit, flops_per_token_of(fit, family), limits)
+    d = search.tokens(n, budget_flops, np.array([flops_per_token(s).train for s in shapes]))
+    loss = search.loss(n, d)
+    if limits.ratio_flag:
+        best_n, best_d = search.best(budget_flops)
+        loss, tokens_per_param = np.abs(np.log(np.maximum(d, 1.0) / n * best_n / best_d)), None
+    if limits.max_params is not None:
+        loss = np.where(n <= limits.max_params, loss, np.inf)
+    if not np.isfinite(loss).any():
+        raise InputError(
+            f"{' and '.join(limits.names)}: no shape of the sweep's family is within it at {budget_flops:.3g} FLOPs; the "
+            f"smallest, width {widths[0]}, has N = {n[0]:.3g}"
+        )
     if tokens_per_param is not None:
         inside = (d / n >= tokens_per_param[0]) & (d / n <= tokens_per_param[1])
-        if inside.any():
+        if np.isfinite(loss[inside]).any():
             loss = np.where(inside, loss, np.inf)
     return int(widths[int(np.argmin(loss))])
 

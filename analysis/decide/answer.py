@@ -96,7 +96,7 @@ class Answer:
                 (fit.extrapolation_ratio(a.budget_flops) for a in self.allocations), default=None
             ),
             "allocations": [a.to_dict() for a in self.allocations],
-            "limits": {k: v for k, v in vars(self.limits).items() if v is not None},
+            "limits": self.limits.to_dict(),
             "costs": [{k: v for k, v in vars(c).items() if k != "ranges"} for c in self.costs],
             "plan": None if self.plan is None else self.plan.to_dict(),
             "target": None if self.target is None else self.target.to_dict(),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.decide.allocate import Allocation, predict_with_intervals
+from analysis.decide.allocate import Allocation, flops_per_token_of, predict_with_intervals
 from analysis.decide.limits import NONE, Limits
 from analysis.decide.optimum import Search
 from analysis.inference import FitResult
@@ -179,8 +179,8 @@ def snap(fit: FitResult, runs: Runs, best: Allocation, limits: Limits = NONE) ->
     shape = found[1]
     n_params = float(count_params(shape).count(params))
     train = 6 * n_params if fit.convention["flops"] == "6nd" or family is None else _flops(shape, fit)
-    search = Search(fit, lambda _: np.array([train]), limits)
-    d = float(search.tokens(np.array([n_params]), best.budget_flops)[0])
+    search = Search(fit, flops_per_token_of(fit, family), limits)
+    d = float(search.tokens(np.array([n_params]), best.budget_flops, np.array([train]))[0])
     if limits.ratio_flag:
         d = best.train_flops / train
     loss, (inner, outer) = predict_with_intervals(

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from analysis.decide.allocate import best_width, family_flops_per_token, predict_with_intervals
+from analysis.decide.limits import NONE, Limits
+from analysis.decide.optimum import R_TOKENS, Search
 from analysis.decide.path import LEAST_RUNS, Paths
 from analysis.inference import FitResult
 from analysis.inference.uncertainty import t_quantile
 from analysis.runs import Runs
-from scaling.accounting import ParamsConvention, count_params
+from scaling.accounting import ParamsConvention, count_params, flops_per_token
 from scaling.config import to_dict
 from scaling.errors import InputError
 from scaling.records import CurvePoint, Forecast, Plan
@@ -28,6 +30,8 @@ AMBER_FROM, RED_FROM = 30.0, 300.0
 _VOLATILE = ("created", "seal")
 CURVE_POINTS = 20
 """As often as train.flagship evaluates."""
+_RATIO_OFF = 0.02
+"""Relative difference from the D/N asked for, from which it is noted: a family has only so many widths."""
 _NO_CURVE = (
     "the forecast is of the end point alone: fewer than four runs of the sweep have their metrics.jsonl at hand"
 )
@@ -38,7 +42,9 @@ def extrapolation_colour(ratio: float) -> Literal["green", "amber", "red"]:
     return "green" if ratio <= AMBER_FROM else "amber" if ratio <= RED_FROM else "red"
 
 
-def make_forecast(fit: FitResult, runs: Runs, budget_flops: float, seed: int | None = None) -> Forecast:
+def make_forecast(
+    fit: FitResult, runs: Runs, budget_flops: float, seed: int | None = None, limits: Limits = NONE
+) -> Forecast:
     """Forecast the run that spends `budget_flops` best among the sweep's family of shapes.
 
     The shape is the best width whose D/N lies in the range that the sweep measured; the recipe, data, optimizer,
@@ -47,9 +53,10 @@ def make_forecast(fit: FitResult, runs: Runs, budget_flops: float, seed: int | N
     Args:
         runs: of a sweep directory; what `fit` was fitted on.
         seed: of the flagship; that of the largest run when None.
+        limits: bounds that shape and tokens keep; the flagship reads no more different tokens than they allow.
     Raises:
         InputError: runs that come from no sweep, or are counted otherwise than the engine counts (exact FLOPs, nats per
-            token), or a budget below one batch.
+            token), a budget below one batch, or limits that no shape of the family keeps.
     """
     plan = runs.plan
     engine = {"flops": "exact", "loss": "nats_per_token"}
@@ -60,13 +67,16 @@ def make_forecast(fit: FitResult, runs: Runs, budget_flops: float, seed: int | N
         )
     if plan is None:
         raise InputError(f"{runs.source} is not a sweep directory: a forecast needs its plan (shapes and recipe)")
-    spec, notes = _flagship(fit, plan, runs, budget_flops, seed)
-    n = count_params(spec.shape).count(_params(fit))
-    loss, (inner, outer) = predict_with_intervals(fit, n, spec.tokens)
-    n_star, d_star = fit.allocate(budget_flops, family_flops_per_token(plan.family, _params(fit)))
+    search = Search(fit, family_flops_per_token(plan.family, _params(fit)), limits)
+    spec, notes = _flagship(search, plan, runs, budget_flops, seed)
+    n, d = (
+        float(x) for x in search.worth(np.array(count_params(spec.shape).count(_params(fit))), np.array(spec.tokens))
+    )
+    loss, (inner, outer) = predict_with_intervals(fit, n, d)
+    n_star, d_star = search.best(budget_flops)
     ratio = fit.extrapolation_ratio(spec.flops)
-    paths = Paths(fit, runs)
-    curve = _curve(fit, paths, spec, loss)
+    paths, final_sd = Paths(fit, runs, search.worth), float(fit.predictive_sd(n, d))
+    curve = _curve(fit, paths, spec, loss, final_sd)
     forecast = Forecast(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         sweep=runs.source,
@@ -90,7 +100,8 @@ def make_forecast(fit: FitResult, runs: Runs, budget_flops: float, seed: int | N
             *notes,
             *([] if curve else [_NO_CURVE]),
         ],
-        channels=paths.channels(spec, float(fit.predictive_sd(n, spec.tokens))) if curve else [],
+        channels=paths.channels(spec, final_sd) if curve else [],
+        limits=limits.to_dict(),
     )
     return dataclasses.replace(forecast, seal=forecast.computed_seal())
 
@@ -127,22 +138,28 @@ def _params(fit: FitResult) -> ParamsConvention:
 
 
 def _flagship(
-    fit: FitResult, plan: Plan, runs: Runs, budget_flops: float, seed: int | None
+    search: Search, plan: Plan, runs: Runs, budget_flops: float, seed: int | None
 ) -> tuple[RunSpec, list[str]]:
-    """The RunSpec of the budget, and remarks on it."""
+    """The RunSpec of the budget within the limits, and remarks on it."""
     from scaling.grid import make_run
     from scaling.recipe import recipe_from_dict
 
+    fit, limits = search.fit, search.limits
     fitted = set(fit.run_ids)
     largest = max((s for s in plan.runs if s.run_id in fitted), key=lambda s: (s.flops, -s.seed), default=None)
     if largest is None:
         raise InputError(f"{runs.source}: none of the fitted runs is in the sweep's plan.json")
     per_param = (runs.table["n_tokens"] / runs.table["n_params"]).to_numpy(float)
-    width = best_width(fit, plan.family, budget_flops, (float(per_param.min()), float(per_param.max())))
+    width = best_width(fit, plan.family, budget_flops, (float(per_param.min()), float(per_param.max())), limits)
+    budget = {"flops": budget_flops}
+    if limits != NONE:
+        shape = plan.family.shape(width)
+        n, train = count_params(shape).count(_params(fit)), flops_per_token(shape).train
+        budget = {"tokens": float(search.tokens(np.array([n]), budget_flops, np.array([train]))[0])}
     spec = make_run(
         plan.family,
         width,
-        flops=budget_flops,
+        **budget,
         recipe=recipe_from_dict(plan.recipe),
         data=largest.data,
         optim=largest.optim,
@@ -153,7 +170,23 @@ def _flagship(
         divergence_factor=largest.divergence_factor,
     )
     notes = []
-    epochs = spec.tokens / plan.data.train_tokens
+    if spec.tokens > limits.max_tokens:  # rounded up to a whole batch
+        spec = dataclasses.replace(spec, tokens=spec.tokens - spec.batch_tokens)
+    if limits.ratio_flag:
+        n_best, d_best = search.best(budget_flops)
+        near, asked = spec.tokens / count_params(spec.shape).count(_params(fit)), d_best / n_best
+        if abs(near / asked - 1) > _RATIO_OFF:
+            notes.append(f"D/N is {near:.3g} where {limits.ratio_flag} asks for {asked:.3g}: no width comes nearer")
+    if limits.unique_tokens is not None and limits.unique_tokens < plan.data.train_tokens:
+        unique = int(limits.unique_tokens)
+        most = max(spec.data.max_epochs, spec.tokens / unique)
+        spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, unique_tokens=unique, max_epochs=most))
+    if limits.unique_tokens is not None and spec.tokens > limits.unique_tokens:
+        notes.append(
+            f"the run reads its {limits.unique_tokens:.3g} tokens {spec.tokens / limits.unique_tokens:.3g} times: what repeated "
+            f"tokens are worth is Muennighoff et al.'s (R_D {R_TOKENS:g}), not measured in this sweep"
+        )
+    epochs = spec.tokens / spec.data.unique(plan.data.train_tokens)
     if epochs > spec.data.max_epochs:
         notes.append(
             f"the run would read the corpus {epochs:.3g} times (limit {spec.data.max_epochs:g}): it needs more text, "
@@ -162,13 +195,12 @@ def _flagship(
     return spec, notes
 
 
-def _curve(fit: FitResult, paths: Paths, spec: RunSpec, final_loss: float) -> list[CurvePoint]:
+def _curve(fit: FitResult, paths: Paths, spec: RunSpec, final_loss: float, final_sd: float) -> list[CurvePoint]:
     """Held-out loss along the run with its band, which at the end is the forecast's (analysis.decide.path)."""
     if len(paths) < LEAST_RUNS:
         return []
     fractions = np.arange(1, CURVE_POINTS + 1) / CURVE_POINTS
     lift, sd = paths.curve(spec, fractions)
-    final_sd = float(fit.predictive_sd(count_params(spec.shape).count(_params(fit)), spec.tokens))
     points = []
     for fraction, up, spread in zip(fractions, lift, sd, strict=True):
         loss, total = final_loss * math.exp(up), math.hypot(spread, final_sd)

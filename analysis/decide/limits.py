@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from scaling.errors import InputError
 
@@ -68,6 +69,23 @@ class Limits:
             return float("inf")
         return self.unique_tokens * self.max_epochs
 
+    def to_dict(self) -> dict[str, Any]:
+        """Those that are set: `Limits(**…)` gives them back."""
+        default = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != default[name]}
+
+    def __str__(self) -> str:
+        """The limits that are set, with their values."""
+        values = {
+            self.max_params_source: f"N at most {self.max_params:.4g}" if self.max_params else None,
+            "--unique-tokens": f"{self.unique_tokens:.4g}" if self.unique_tokens else None,
+            "--max-epochs": f"{self.max_epochs:.3g}" if self.max_epochs else None,
+            "--served-tokens": f"{self.served_tokens:.4g}, each at {self.serving_weight:.3g}× the cost of a training FLOP",
+            "--overtrain": f"{self.overtrain:.3g}" if self.overtrain else None,
+            "--tokens-per-param": f"{self.tokens_per_param:.4g}" if self.tokens_per_param else None,
+        }
+        return "; ".join(f"{name} ({values[name]})" for name in self.names)
+
     @property
     def names(self) -> list[str]:
         """The limits that are set, as flags."""
@@ -85,19 +103,17 @@ class Limits:
 NONE = Limits()
 
 
-def serving_params(
-    memory_bytes: float | None, seconds_per_token: float | None, bandwidth: float, bytes_per_param: float
-) -> float:
-    """The most parameters that serving allows: weights in WEIGHT_SHARE of the memory, and read once a token.
+def params_in_memory(memory_bytes: float, bytes_per_param: float) -> float:
+    """All parameters whose weights fit WEIGHT_SHARE of the memory of the devices that serve one copy."""
+    return WEIGHT_SHARE * memory_bytes / bytes_per_param
 
-    N ≤ share·memory / bytes and N ≤ seconds·bandwidth / bytes: at batch 1 decoding reads every weight for each token, and
-    nothing is faster than that (Pope et al. 2022, arXiv 2211.05102).
+
+def params_in_time(seconds_per_token: float, bandwidth: float, bytes_per_param: float) -> float:
+    """The parameters that a token meets, read once in this time: N ≤ seconds·bandwidth / bytes.
+
+    At batch 1 decoding reads each of them for every token, and nothing is faster than that (Pope et al. 2022, arXiv 2211.05102).
 
     Args:
-        memory_bytes, bandwidth: of all devices that serve one copy.
-    Returns:
-        N, all parameters counted.
+        bandwidth: bytes a second, of all devices that serve one copy.
     """
-    bounds = [] if memory_bytes is None else [WEIGHT_SHARE * memory_bytes / bytes_per_param]
-    bounds += [] if seconds_per_token is None else [seconds_per_token * bandwidth / bytes_per_param]
-    return min(bounds)
+    return seconds_per_token * bandwidth / bytes_per_param

@@ -54,12 +54,15 @@ class Search:
         self.per_token = per_token or (lambda n: 6.0 * n)
         self._n_of_unique = None if limits.unique_tokens is None else self._optimal_for(limits.unique_tokens)
 
-    def tokens(self, n: Floats, budget: float) -> Floats:
+    def tokens(self, n: Floats, budget: float, train: Floats | None = None) -> Floats:
         """D that a budget leaves at N: (C − w·serving(N)·D_inf) / training FLOPs a token, at most the limits'; 0 for none.
 
         A served token takes a third of a training token's FLOPs (forward alone).
+
+        Args:
+            train: training FLOPs of a token of the shapes that these N are; `per_token` of N when None.
         """
-        train = self.per_token(n)
+        train = self.per_token(n) if train is None else train
         left = budget - self.limits.serving_weight * train / 3 * self.limits.served_tokens
         return np.clip(left / train, 0.0, self.limits.max_tokens)
 

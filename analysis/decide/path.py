@@ -9,7 +9,7 @@ standard deviation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,10 +85,16 @@ def middles(windows: int) -> Floats:
 
 
 class Paths:
-    """The sweep's runs by windows, and what they say of another run."""
+    """The sweep's runs by windows, and what they say of another run.
 
-    def __init__(self, fit: FitResult, runs: Runs) -> None:
-        self.fit = fit
+    Args:
+        worth: what N and D of that run are worth as parameters and fresh tokens, where it repeats its text.
+    """
+
+    def __init__(
+        self, fit: FitResult, runs: Runs, worth: Callable[[Floats, Floats], tuple[Floats, Floats]] | None = None
+    ) -> None:
+        self.fit, self.worth = fit, worth
         sweep = SweepDir(Path(runs.source))
         found: list[tuple[RunSpec, list[dict[str, float]]]] = []
         for run_id in runs.table["run_id"]:
@@ -106,10 +112,11 @@ class Paths:
     def __len__(self) -> int:
         return len(self.specs)
 
-    def _surface(self, spec: RunSpec, fractions: Floats) -> Floats:
+    def _surface(self, spec: RunSpec, fractions: Floats, is_target: bool = False) -> Floats:
         """ln S(N, f·D)."""
         convention: ParamsConvention = self.fit.convention["params"]  # type: ignore[assignment]
-        return np.log(self.fit.predict(count_params(spec.shape).count(convention), fractions * spec.tokens))
+        n, d = np.array(count_params(spec.shape).count(convention), float), fractions * spec.tokens
+        return np.log(self.fit.predict(*(self.worth(n, d) if self.worth and is_target else (n, d))))
 
     def _forecast(self, y: Floats, spec: RunSpec) -> tuple[Floats, Floats, Floats]:
         """Weighted mean (m,), drift (m,) and residuals about the trend in ln N and ln D (R, m) of rows y (R, m)."""
@@ -138,7 +145,7 @@ class Paths:
             shift = np.interp(fractions, t.fractions, anchored - np.interp(t.fractions, at, shape))
             rows.append(np.interp(fractions, at, shape) + shift - anchored[-1])
         mean, drift, residual = self._forecast(np.array(rows), spec)
-        fallen = self._surface(spec, fractions) - self._surface(spec, np.ones(1))
+        fallen = self._surface(spec, fractions, True) - self._surface(spec, np.ones(1), True)
         sd = np.sqrt((residual**2).sum(0) / _freedom(residual) + drift**2)
         sd[fractions >= 1] = 0.0
         return fallen + mean, sd
@@ -159,7 +166,7 @@ class Paths:
                 y = y - np.array([self._surface(s, at) for s in self.specs])
             mean, drift, residual = self._forecast(y, spec)
             if name == "train_loss":
-                mean = mean + self._surface(spec, at)
+                mean = mean + self._surface(spec, at, True)
             out.append(_channel(name, mean, drift, residual, final_sd if name == "train_loss" else None))
         return out
 

@@ -97,9 +97,11 @@ def sureness(best: Allocation, limits: Limits) -> str:
         f"{100 * sure.regret[1]:.2g}% at its high end",
         "batch, B_opt – B_crit": f"{ends(best.batch_tokens)} tokens a step (Bergsma et al. 2025)",
     }
+    if best.held is not None:
+        rows["with all experts, met by a token"] = " and ".join(f"{numbers.si(n)} parameters" for n in best.held)
     if best.unlimited is not None:
         n, d, loss = best.unlimited
-        rows["limits"] = ", ".join(limits.names)
+        rows["limits"] = str(limits)
         rows["without them"] = (
             f"{numbers.si(n)} on {numbers.si(d)}, loss {loss:.3f}: they give up {numbers.percent(best.loss / loss - 1)}"
         )
@@ -122,6 +124,7 @@ def run(forecast: Forecast, advice: RecipeAdvice | None) -> str:
         "loss": f"{forecast.loss:.4f} nats per token",
         "50% interval": numbers.interval(forecast.interval_50, 4),
         "90% interval": numbers.interval(forecast.interval_90, 4),
+        **({"limits that it keeps": str(Limits(**forecast.limits))} if forecast.limits else {}),
     }
     recipe: dict[str, object] = {
         **_shape(spec.shape),

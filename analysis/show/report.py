@@ -149,11 +149,12 @@ def _told(fit: FitResult, runs: Runs, forecast: Forecast | None, said: Answer | 
         best = said.allocations[0] if said.allocations else None
         return _Told(said.budgets[0], best, said.limits, said.costs[0] if said.costs else None, said.plan)
     budget = forecast.target_flops if forecast else DEFAULT_RATIO * fit.largest_flops
+    limits, family = Limits(**forecast.limits) if forecast else NONE, runs.plan.family if runs.plan else None
     try:
-        best = None if fit.surface.on_frontier else allocate(fit, budget, runs.plan.family if runs.plan else None)
+        best = None if fit.surface.on_frontier else allocate(fit, budget, family, limits)
     except InputError:  # no optimum: the page has its other parts
         best = None
-    return _Told(budget, best, NONE, None, None)
+    return _Told(budget, best, limits, None, None)
 
 
 def _advice(runs: Runs, forecast: Forecast) -> RecipeAdvice | None:

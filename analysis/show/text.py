@@ -7,6 +7,7 @@ from typing import Any
 
 from analysis.decide.answer import Answer
 from analysis.decide.forecast import extrapolation_colour
+from analysis.decide.limits import NONE, Limits
 from analysis.inference import FitResult
 from analysis.inference.diagnostics import OUTLIER, Effect
 from analysis.inference.holdout import HoldOut
@@ -47,11 +48,7 @@ def answer_text(said: Answer, colour: bool = False) -> str:
         _forecaster(fit),
     ]
     if said.allocations:
-        title = (
-            f"best for a budget within {', '.join(said.limits.names)}"
-            if said.limits.names
-            else "compute-optimal for a budget"
-        )
+        title = f"best for a budget within {said.limits}" if said.limits.names else "compute-optimal for a budget"
         parts += ["", title, _allocations(said, colour), "", "how sure that is", _sureness(said)]
     if said.costs:
         from analysis.show.plan import cost_lines, plan_lines
@@ -171,6 +168,9 @@ def _sureness(said: Answer) -> str:
         cells = (ends(sure.n_interval), ends(sure.d_interval), ends(sure.flat))
         regret = " / ".join(f"{100 * r:.2g}%" for r in sure.regret)
         rows.append([flops(a.budget_flops), *cells, regret, ends(a.batch_tokens)])
+        if a.held is not None:
+            in_all, met = map(si, a.held)
+            lines.append(f"  {flops(a.budget_flops)}: {in_all} parameters in all, of which a token meets {met}")
         if a.unlimited is not None:
             n, d, loss = a.unlimited
             spent = "" if a.train_flops > 0.999 * a.budget_flops else f"; training takes {flops(a.train_flops)}"
@@ -379,9 +379,10 @@ def hold_out_text(held: HoldOut) -> str:
 
 def forecast_text(forecast: Forecast, path: object) -> str:
     """The forecast in two lines."""
-    shape = forecast.spec.shape
+    shape, limits = forecast.spec.shape, Limits(**forecast.limits)
+    within = f"; within {limits}" if limits != NONE else ""
     return (
         f"forecast at {flops(forecast.spec.flops)} FLOPs: loss {forecast.loss:.4f}, 50% {interval(forecast.interval_50, 4)}, "
         f"90% {interval(forecast.interval_90, 4)}\n"
-        f"  width {shape.width}, depth {shape.depth}, {si(forecast.spec.tokens)} tokens; sealed in {path}"
+        f"  width {shape.width}, depth {shape.depth}, {si(forecast.spec.tokens)} tokens{within}; sealed in {path}"
     )

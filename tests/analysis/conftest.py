@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from scaling.accounting import training_flops
 from scaling.grid import make_run
 from scaling.recipe import recipe_from_dict
 from scaling.records import DataManifest, Plan, RunRecord
-from scaling.shape import ShapeFamily
+from scaling.shape import Experts, ShapeFamily
 from scaling.spec import DataSpec, EvalSpec, OptimSpec, RunSpec, ScheduleSpec
 from scaling.sweepdir import RunDir, SweepDir
 
@@ -31,10 +32,10 @@ SURFACE = {"E": 1.0, "A": 60.0, "B": 100.0, "alpha": 0.32, "beta": 0.30}
 MANIFEST = DataManifest("site", "0123456789abcdef", 512, 45_000_000, 500_000, 9 * 10**7, 10**6, 9000, 90, 10, 0)
 
 
-def plan_run(flops: float, width: int, seed: int) -> RunSpec:
+def plan_run(flops: float, width: int, seed: int, family: ShapeFamily = FAMILY) -> RunSpec:
     """A run of the demo's kind."""
     return make_run(
-        FAMILY,
+        family,
         width,
         flops=flops,
         recipe=recipe_from_dict({"name": "steplaw"}),
@@ -66,14 +67,21 @@ def write_record(run: RunDir, spec: RunSpec, loss: float | None, status: str = "
 
 @pytest.fixture
 def make_sweep(tmp_path: Path) -> Callable[..., Path]:
-    """make_sweep(noise=…, surface=…, name=…) → a finished sweep directory."""
+    """make_sweep(noise=…, surface=…, name=…, experts=…) → a finished sweep directory."""
 
-    def make(noise: float = 0.002, surface: dict[str, float] = SURFACE, name: str = "sweep", seed: int = 0) -> Path:
+    def make(
+        noise: float = 0.002,
+        surface: dict[str, float] = SURFACE,
+        name: str = "sweep",
+        seed: int = 0,
+        experts: Experts | None = None,
+    ) -> Path:
         rng = np.random.default_rng(seed)
         sweep = SweepDir(tmp_path / name)
-        specs = [plan_run(*cell) for cell in GRID]
+        family = replace(FAMILY, experts=experts)
+        specs = [plan_run(*cell, family) for cell in GRID]
         Plan(
-            name, "demo", ["+grid=demo"], "2026-01-01T00:00:00Z", None, FAMILY, {"name": "steplaw"}, MANIFEST, specs
+            name, "demo", ["+grid=demo"], "2026-01-01T00:00:00Z", None, family, {"name": "steplaw"}, MANIFEST, specs
         ).write(sweep.plan_json)
         for spec in specs:
             n, d = spec.params.body_head, spec.tokens

@@ -15,7 +15,6 @@ from analysis.decide.allocate import allocate, cheapest_within
 from analysis.decide.answer import answer
 from analysis.decide.limits import NONE, WEIGHT_SHARE, Limits
 from analysis.decide.optimum import R_TOKENS, Search
-from analysis.fit import main
 from analysis.inference import FitResult, fit_law
 from analysis.laws import PUBLISHED, get_law
 from analysis.laws.law import Floats
@@ -229,10 +228,3 @@ def test_budgets_outside_the_runs_are_said(hoffmann: tuple[FitResult, Runs]) -> 
     assert any("1e+15 FLOPs is below the smallest run's 1e+18" in w for w in said)
     assert any("1e+30 FLOPs is 1e+08×" in w and "arithmetic" in w for w in said)
     assert not any("1e+21 FLOPs is" in w for w in said)
-
-
-def test_a_sealed_forecast_has_no_limits(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
-    argv = ["--data", str(make_sweep()), "--draws", "20", "--out", str(tmp_path / "out"), "--served-tokens", "1e9"]
-    with pytest.raises(InputError, match="leave out --served-tokens, or --out"):
-        main(argv)
-    assert not (tmp_path / "out").exists()

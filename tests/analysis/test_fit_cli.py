@@ -88,6 +88,8 @@ def test_json_is_one_object_with_the_promised_keys(runs_csv: Path, tmp_path: Pat
         "train_flops",
         "epochs",
         "unlimited",
+        "params_total",
+        "params_active",
     }
     assert set(answer["predictions"][0]) == {"n_params", "n_tokens", "loss", "interval_50", "interval_90"}
     assert answer["extrapolation_ratio"] == pytest.approx(100, rel=1e-6)

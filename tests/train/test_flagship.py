@@ -30,7 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_forecast(
-    folder: Path, ratio: float, spec: RunSpec | None = None, channels: tuple[Channel, ...] = ()
+    folder: Path,
+    ratio: float,
+    spec: RunSpec | None = None,
+    channels: tuple[Channel, ...] = (),
+    limits: dict[str, object] | None = None,
 ) -> Path:
     """A sealed forecast of a small run, at `ratio` times the largest run's compute."""
     spec = spec or make_run(
@@ -48,7 +52,7 @@ def write_forecast(
         created="2026-01-01T00:00:00+00:00", sweep="sweep", run_ids=[], laws=[], convention={}, target_flops=1e10,
         n_params=1e4, n_tokens=1e5, spec=spec, loss=3.0, interval_50=(2.9, 3.1), interval_90=(2.8, 3.2), curve=curve,
         extrapolation_ratio=ratio, extrapolation_colour="red" if ratio > 300 else "green", notes=[],
-        channels=list(channels),
+        channels=list(channels), limits=limits or {},
     )  # fmt: skip
     path = folder / "forecast.json"
     dataclasses.replace(forecast, seal=forecast.computed_seal()).write(path)
@@ -65,6 +69,29 @@ def test_a_red_forecast_must_be_accepted(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_green_forecast_needs_no_word(tmp_path: Path) -> None:
     assert main([f"forecast={write_forecast(tmp_path, 20.0)}", "dry_run=true"]) == 0
+
+
+def test_the_limits_of_a_forecast_are_sealed_and_kept_by_the_run(
+    make_spec: Callable[..., RunSpec], tmp_path: Path
+) -> None:
+    spec = make_spec(steps=32)
+    data = dataclasses.replace(spec.data, unique_tokens=2048, max_epochs=4.0)
+    spec = dataclasses.replace(spec, data=data)
+    path = write_forecast(tmp_path, 20.0, spec, limits={"unique_tokens": 2048.0, "max_epochs": 4.0})
+    done = subprocess.run(
+        [sys.executable, "-m", "train.flagship", f"forecast={path}", "run.threads=1"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "within unique_tokens 2048.0, max_epochs 4.0" in done.stdout
+    record = RunDir(tmp_path / "flagship").record()
+    assert record is not None
+    assert (record.tokens, record.epochs) == (8192, 4.0)
+    sealed = json.loads(path.read_text())
+    sealed["limits"]["unique_tokens"] = 1e9
+    path.write_text(json.dumps(sealed))
+    with pytest.raises(InputError, match="changed after it was sealed"):
+        main([f"forecast={path}", "dry_run=true"])
 
 
 def test_a_watch_needs_a_path_to_watch(tmp_path: Path) -> None:
