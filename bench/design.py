@@ -2,7 +2,7 @@
 
 The surfaces are those of bench/coverage.py: half Chinchilla-like, half asymmetric; noise is 1% of loss. The IsoFLOP grid has 5
 budgets from 1e19 to 1e21 FLOPs and 9 sizes within ±4× of the true N*. The adaptive sweep starts with a tenth of those FLOPs on
-such a grid of 5 × 7 from 1e18 to 1e20, then buys what `choose_runs` says in two rounds, no run dearer than a quarter of
+such a grid of 5 × 7 from 1e18 to 1e20, then buys what `choose_runs` says in two rounds, no run dearer than an eighth of
 the whole. Both forecast the loss at the true N* and D* of 3e22 FLOPs, 30 times the grid's largest run, by `fit_law`.
 "interval of the mean": of the predicted loss, without the noise of the run that comes, which no sweep can lower;
 "of a new run": as analysis.fit prints it; its floor is z·1%, what a sweep that knew the law exactly would say. Coverage: of

@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 HEADER_BYTES, BLOCK_BYTES, FRAME_BYTES = 7, 32768, 7
+
+settings.register_profile("untimed", deadline=None)  # an example's seconds say how busy the machine is
+settings.load_profile("untimed")
 
 # A shell starts its background jobs with SIGINT ignored, and every child inherits that: tests that interrupt would wait.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -23,8 +23,8 @@ from analysis.decide.allocate import family_widths, flops_per_token_of
 from analysis.inference import FitResult
 from analysis.inference.points import Points
 from analysis.inference.solver import log_predictions
-from analysis.inference.uncertainty import FormError
-from analysis.laws.law import Columns, Floats, Law, complete
+from analysis.inference.uncertainty import FormError, gradients
+from analysis.laws.law import Floats, complete
 from scaling.accounting import PARAMS_CONVENTIONS, ParamsConvention, count_params, training_flops
 from scaling.cost import run_seconds
 from scaling.errors import InputError
@@ -178,7 +178,7 @@ class _State:
         self.shares = [f.weight for f in fit.ensemble.members]
         self.members = []
         for f in fit.ensemble.members:
-            g, w = _gradients(f.member.form, f.values, columns), f.member.weights(bought)
+            g, w = gradients(f.member.form, f.values, columns), f.member.weights(bought)
             w = w / w[: len(data)].max()
             self.members.append(
                 _Information(g[: len(data)], g[len(data) : -1], g[-1], w[: len(data)], w[len(data) :], noise)
@@ -214,12 +214,6 @@ class _State:
         b = self.between
         self.between = b - np.outer(b[i], b[i]) / (b[i, i] + self.noise**2)
         self.largest = max(self.largest, float(self.log_flops[i]))
-
-
-def _gradients(form: Law, values: Floats, columns: Columns) -> Floats:
-    """(n, p) ∂ln L/∂ln θ."""
-    y, jacobian = form.rows(values[None], columns)
-    return np.asarray((jacobian[0] * values[:, None] / y[0]).T)
 
 
 def levels(largest: float, smallest: float, ratio: float = LEVEL_RATIOS[0]) -> Floats:

@@ -19,7 +19,7 @@ from analysis.inference.backtest import (
 )
 from analysis.inference.points import Points
 from analysis.inference.solver import log_predictions
-from analysis.inference.uncertainty import bootstrap, t_quantile
+from analysis.inference.uncertainty import bootstrap, gradients, influence, t_quantile
 from analysis.laws.law import Columns, Floats
 
 _CUT_DRAWS = 60
@@ -37,6 +37,8 @@ class Fitted:
     """(p,)"""
     draws: Floats = field(repr=False)
     """(R, p) bootstrap; row r of all members is the same resample of the runs."""
+    influence: Floats = field(repr=False)
+    """(p, n) ∂ln θ/∂ln L of each run fitted."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,30 @@ class Ensemble:
             by_noise = (log_predictions(m.member.form, m.draws, columns) - mean).var(0)
             out += m.weight * np.maximum(apart**2 - by_noise, 0.0)
         return out
+
+    def parameter_variance(self, columns: Columns, noise: float) -> Floats:
+        """(n,) variance of ln loss from the runs' noise: the larger of the bootstrap's and the linearised fit's, noise²·Σ_i a_i².
+
+        a_i is what run i moves the mean by. Where few runs decide, the fit passes through them and a bootstrap, which sees their
+        residuals alone, finds too little (MacKinnon and White 1985); where the law does not fit, it finds more.
+        """
+        resampled = ((self.draws(columns) - self.log_loss(columns)) ** 2).mean(0)
+        return np.maximum(resampled, noise**2 * self._leverage(columns)[1])
+
+    def residual_scale(self, data: Points) -> Floats:
+        """(n,) standard deviation of the residuals of the runs fitted, over that of their noise: √((I − A)(I − A)ᵀ)_ii.
+
+        Row i of A is what each run moves the prediction of run i by. 0 for a run that the fit passes through.
+        """
+        own, squares = self._leverage(data.columns, own=True)
+        return np.sqrt(np.maximum(1 - 2 * own + squares, 0.0))
+
+    def _leverage(self, columns: Columns, own: bool = False) -> tuple[Floats, Floats]:
+        """A_ii, where the rows are the runs fitted, and Σ_j A_ij²."""
+        g = np.hstack([m.weight * gradients(m.member.form, m.values, columns) for m in self.members])
+        k = np.vstack([m.influence for m in self.members])
+        diagonal = np.einsum("np,pn->n", g, k) if own else np.zeros(len(g))
+        return diagonal, np.einsum("np,pq,nq->n", g, k @ k.T, g, optimize=True)
 
     def draws(self, columns: Columns) -> Floats:
         """(R, n) ln loss of each resample of the runs."""
@@ -95,8 +121,9 @@ def _resampled(
     total = sum(weights.values())
     fitted = []
     for m, weight in weights.items():
-        sample = bootstrap(m.form, data, values[m], draws, seed, m.robust, m.weights(data)).values
-        fitted.append(Fitted(m, weight / total, values[m], sample))
+        own = m.weights(data)
+        sample = bootstrap(m.form, data, values[m], draws, seed, m.robust, own).values
+        fitted.append(Fitted(m, weight / total, values[m], sample, influence(m.form, values[m], data, own)))
     return Ensemble(tuple(fitted))
 
 
@@ -136,7 +163,7 @@ def _judge(
     ensemble = _resampled(below, weights, values, _CUT_DRAWS, 0)
     centre = ensemble.log_loss(above.columns)
     error = np.log(above.loss) - centre
-    parameter = ((ensemble.draws(above.columns) - centre) ** 2).mean(0)
+    parameter = ensemble.parameter_variance(above.columns, noise)
     sd = np.sqrt(parameter + ensemble.disagreement(above.columns) + noise**2)
     p = max(len(m.form.free) for m in weights)
     freedom = max(below.n_cells - p, 1)

@@ -14,7 +14,7 @@ from analysis.inference.ensemble import Ensemble, backtest_rows, fit_ensemble, s
 from analysis.inference.isoflop import approaches
 from analysis.inference.points import Points, check_enough, compute_levels, frontier_rows, points, seed_noise
 from analysis.inference.solver import HUBER, Robust, solve
-from analysis.inference.uncertainty import FormError, bootstrap, t_quantile
+from analysis.inference.uncertainty import FormError, bootstrap, robust_scale, t_quantile
 from analysis.laws.law import Floats, Law, complete
 from analysis.laws.power import compute_optimal
 from analysis.laws.surface import get_law
@@ -25,6 +25,8 @@ DRAWS = 1000
 LARGE = 5_000
 """Above this many runs, all but the law's own minimum works on a random sample of them."""
 _LEAST_N = 1e2
+_LEAST_NOISE = 1e-6
+_LEAST_LEFT = 0.1
 _GRID, _ZOOMS = 400, 4
 
 
@@ -52,7 +54,7 @@ class FitResult:
     ensemble: Ensemble
     """What predicts: the law, or several weighed by backtest."""
     run_noise: float
-    """Standard deviation of ln loss of one run about the law: the larger of seed noise and residual spread."""
+    """Standard deviation of ln loss of one run about the law, from the residuals; from seeds where too few are left."""
     form: FormError
     """Law-form error of an extrapolation."""
     backtest: tuple[dict[str, Any], ...]
@@ -93,9 +95,9 @@ class FitResult:
     def predict_interval(self, n: ArrayLike, d: ArrayLike, level: float) -> tuple[Floats, Floats]:
         """Central prediction interval of one run's loss at (N, D).
 
-        ln L ± t·√(σ_param² + σ_law² + σ_form² + σ_run²): joint bootstrap of the members' parameters; distance
-        of the members from their mean beyond what that bootstrap explains; law-form error growing with
-        ln(C / largest C), from the backtest; the noise of a single run. t is Student's, with as many degrees of
+        ln L ± t·√(σ_param² + σ_law² + σ_form² + σ_run²): joint bootstrap of the members' parameters, or what run noise
+        makes of them where that is more; distance of the members from their mean beyond what that bootstrap explains;
+        law-form error growing with ln(C / largest C), from the backtest; the noise of a single run. t is Student's, with as many degrees of
         freedom as there are different runs more than parameters.
 
         Returns:
@@ -108,8 +110,7 @@ class FitResult:
     def predictive_sd(self, n: ArrayLike, d: ArrayLike) -> Floats:
         """Standard deviation of ln loss of one run at (N, D), all parts."""
         columns = self.columns(n, d)
-        deviation = self.ensemble.draws(columns) - self.ensemble.log_loss(columns)
-        parameter = (deviation**2).mean(0)
+        parameter = self.ensemble.parameter_variance(columns, self.run_noise)
         form = self.form.sd(np.log(columns["flops"] / self.largest_flops))
         variance = parameter + form**2 + self.ensemble.disagreement(columns) + self.run_noise**2
         return np.sqrt(variance).reshape(np.broadcast_shapes(np.shape(n), np.shape(d)))
@@ -234,13 +235,16 @@ def _reported(choice: Choice, data: Points) -> Law:
 
 
 def _run_noise(ensemble: Ensemble, data: Points, seeds: float | None) -> float:
-    """The larger of seed noise and the residuals' robust spread, 1.4826·median |r|, larger runs near the envelope counting
-    most: the spread there is what a new run on the frontier will have."""
-    r = np.abs(np.log(data.loss) - ensemble.log_loss(data.columns))
-    order = np.argsort(r)
-    weight = np.cumsum(Member("chinchilla", EMPHASES[1]).weights(data)[order])
-    median = float(r[order][np.searchsorted(weight, weight[-1] / 2)])
-    return max(1.4826 * median, seeds or 0.0, 1e-6)
+    """Robust spread of the residuals, each over what the fit leaves of its noise, larger runs near the envelope counting
+    most: the spread there is what a new run on the frontier will have. Seeds of one cell are residuals like others; their
+    own spread, known as well as there are second seeds, is for fits that pass through nearly every run."""
+    left = ensemble.residual_scale(data)
+    free = left > _LEAST_LEFT
+    if not free.any():
+        return max(seeds or 0.0, _LEAST_NOISE)
+    residuals = (np.log(data.loss) - ensemble.log_loss(data.columns))[free] / left[free]
+    weights = Member("chinchilla", EMPHASES[1]).weights(data)[free]
+    return max(robust_scale(residuals, weights), _LEAST_NOISE)
 
 
 def _warnings(

@@ -1,4 +1,4 @@
-"""Bootstrap by run, and what a prediction interval is made of."""
+"""Bootstrap by run, leverage, run noise, and what a prediction interval is made of."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from numpy.typing import ArrayLike
 
 from analysis.inference.points import Points
 from analysis.inference.solver import HUBER, Robust, Solution, resolve
-from analysis.laws.law import Floats, Law
+from analysis.laws.law import Columns, Floats, Law
 
 _MULTINOMIAL_FROM = 50
+_RIDGE = 1e-6
+_CLIP = 1.5
+_CLIPPED_MEAN = 0.778464
+_SCALE_STEPS = 100
 
 
 def resample_weights(data: Points, draws: int, seed: int) -> Floats:
@@ -42,6 +46,37 @@ def bootstrap(
 ) -> Solution:
     """Refit under resampled runs; rows of `.values` are draws of the parameters. weights: (n,), of the runs in the fit."""
     return resolve(law, data.columns, data.loss, best, resample_weights(data, draws, seed) * weights, robust)
+
+
+def gradients(law: Law, values: Floats, columns: Columns) -> Floats:
+    """(n, p) ∂ln L/∂ln θ at n rows."""
+    y, jacobian = law.rows(values[None], columns)
+    return np.asarray((jacobian[0] * values[:, None] / y[0]).T)
+
+
+def influence(law: Law, values: Floats, data: Points, weights: Floats) -> Floats:
+    """(p, n) ∂ln θ/∂ln L_i of a weighted least-squares fit: (GᵀWG + λ·I)⁻¹·GᵀW, G from `gradients`, W over its maximum.
+
+    λ is a prior of ten e-folds on every parameter beside run noise of 1%, for those that the runs do not show.
+    """
+    g, w = gradients(law, values, data.columns), weights / weights.max()
+    weighted = (g * w[:, None]).T
+    return np.asarray(np.linalg.solve(weighted @ g + _RIDGE * np.eye(len(values)), weighted))
+
+
+def robust_scale(x: Floats, weights: Floats) -> float:
+    """Standard deviation of the bulk of x about 0: Huber's proposal 2 (1964), Σ w·min(x²/s², c²) = β·Σ w with c = 1.5.
+
+    β = E min(Z², c²) for a standard normal Z. Of 45 normal values its own error is .12, that of 1.4826·median |x| .17; with
+    two outliers of 5 standard deviations among them it is 8% too high.
+    """
+    s2 = float(np.average(x**2, weights=weights))
+    for _ in range(_SCALE_STEPS):
+        clipped = float(np.average(np.minimum(x**2, _CLIP**2 * s2), weights=weights))
+        if clipped <= 0 or abs(clipped / (_CLIPPED_MEAN * s2) - 1) < 1e-6:
+            break
+        s2 = clipped / _CLIPPED_MEAN
+    return s2**0.5
 
 
 @dataclass(frozen=True)

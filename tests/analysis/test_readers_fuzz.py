@@ -24,7 +24,7 @@ pytest.importorskip("pyarrow")
 zstandard = pytest.importorskip("zstandard")
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".jsonl.gz", ".csv.zst", ".jsonl.zst")
-fuzz = settings(max_examples=60, deadline=None)
+fuzz = settings(max_examples=60)
 
 NAMES = st.sampled_from(sorted({a for aliases in ALIASES.values() for a in aliases})) | st.text(max_size=8)
 NUMBER_TEXT = st.sampled_from(
@@ -183,7 +183,7 @@ MUTATIONS = (
 )  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(data=st.data(), seed=st.integers(0, 99), rows=st.integers(1, 12), suffix=st.sampled_from(SUFFIXES))
 def test_mutated_tables(folder: Path, data: st.DataObject, seed: int, rows: int, suffix: str) -> None:
     frame = valid_frame(seed, rows)
@@ -201,7 +201,7 @@ def test_mutated_tables(folder: Path, data: st.DataObject, seed: int, rows: int,
     read(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 3),
     suffix=st.sampled_from(SUFFIXES),

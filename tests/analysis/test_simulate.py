@@ -90,7 +90,7 @@ def test_a_drifting_centre_goes_from_first_to_last_evenly_in_log_compute() -> No
     np.testing.assert_allclose(off, [1 / 3, 1, 3])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(ratio=st.floats(1, 100), reducible=st.floats(0.1, 4), alpha=st.floats(0.1, 0.8), beta=st.floats(0.1, 0.8))
 def test_a_surface_through_a_point_has_its_optimum_there(
     ratio: float, reducible: float, alpha: float, beta: float

@@ -35,7 +35,7 @@ def epoch(golden: Path) -> tuple[dict[str, Floats], Floats]:
     return _columns(n, c / (6 * n)), frame["loss"].to_numpy(float)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     e=st.floats(0.5, 2.5), alpha=st.floats(0.15, 0.6), beta=st.floats(0.15, 0.6), share=st.floats(0.2, 0.8)
 )  # fmt: skip
@@ -152,7 +152,7 @@ def _noisy(seed: int) -> tuple[Floats, Floats, Floats]:
     return n, d, (1.7 + 400 / n**0.34 + 410 / d**0.28) * noise
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 50), by_n=st.floats(1e-3, 1e3), by_d=st.floats(1e-3, 1e3))
 def test_other_units_of_n_and_d_change_their_coefficients_alone(seed: int, by_n: float, by_d: float) -> None:
     """A → A·by_n^α and B → B·by_d^β."""
@@ -164,7 +164,7 @@ def test_other_units_of_n_and_d_change_their_coefficients_alone(seed: int, by_n:
     assert two.values[0] == pytest.approx([e, a * by_n**alpha, b * by_d**beta, alpha, beta], rel=1e-3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 50), order=st.randoms(use_true_random=False), copies=st.integers(2, 4))
 def test_order_is_nothing_and_copies_multiply_the_objective(seed: int, order: random.Random, copies: int) -> None:
     n, d, loss = _noisy(seed)
@@ -178,7 +178,7 @@ def test_order_is_nothing_and_copies_multiply_the_objective(seed: int, order: ra
     assert np.array_equal(again.values, one.values)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 50), data=st.data())
 def test_a_weight_of_zero_leaves_a_run_out(seed: int, data: st.DataObject) -> None:
     n, d, loss = _noisy(seed)
@@ -191,7 +191,7 @@ def test_a_weight_of_zero_leaves_a_run_out(seed: int, data: st.DataObject) -> No
     assert weighted.values[0] == pytest.approx(without.values[0], rel=1e-3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(extra=st.lists(st.tuples(st.floats(6, 11), st.floats(8, 13)), min_size=1, max_size=20))
 def test_more_runs_without_noise_change_nothing(extra: list[tuple[float, float]]) -> None:
     n, d = _grid()
@@ -203,7 +203,7 @@ def test_more_runs_without_noise_change_nothing(extra: list[tuple[float, float]]
 
 
 @pytest.mark.filterwarnings("error")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(["chinchilla", "gamma", "kaplan", "data_constrained", "broken", "farseer", "precision"]),
     loss=st.lists(st.floats(1e-3, 1e3), min_size=8, max_size=12),

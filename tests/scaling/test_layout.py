@@ -120,7 +120,7 @@ def test_plan_is_the_fastest_that_fits() -> None:
     assert got.step.total == min(step_time(LLAMA8, c, H100, 64).total for c in fitting)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(devices=st.integers(1, 96), batch=st.integers(1, 96))
 def test_candidates_use_every_device_and_divide(devices: int, batch: int) -> None:
     for layout in candidates(LLAMA8, H100, devices, batch):
