@@ -1,4 +1,4 @@
-"""A worker that the kernel kills for want of memory: its run goes on with half the micro-batch."""
+"""A worker that the kernel kills for want of memory, or that sees before that it would: its run goes on with half the micro-batch."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from scaling.sweepdir import SweepDir
 def main(argv):
     group, folder, *overrides = argv
     Path(group, "cgroup.procs").write_text(str(os.getpid()))
-    worker = [sys.executable, "-m", "train.run", "--micro-batch-tokens", "131072"]
-    return launch(SweepDir(Path(folder)), expand_grid(overrides), overrides, LocalLauncher(workers=1), worker_command=worker)
+    launcher = LocalLauncher(workers=1, micro_batch_tokens=131072)
+    return launch(SweepDir(Path(folder)), expand_grid(overrides), overrides, launcher)
 
 run_command(main)
 """
@@ -46,15 +46,25 @@ def group() -> Iterator[Path]:
     path.rmdir()
 
 
-def test_a_run_that_the_kernel_kills_goes_on_with_a_smaller_micro_batch(
-    group: Path, cache: Path, tmp_path: Path, settings: list[str]
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        (
+            106496,
+            "killed for want of memory: out of memory: a step of run",
+        ),  # what else is in the group is not predicted
+        (131072, "DoesNotFit: out of memory: a step of run"),
+    ],
+)
+def test_a_run_that_does_not_fit_goes_on_with_a_smaller_micro_batch(
+    group: Path, cache: Path, tmp_path: Path, settings: list[str], tokens: int, reason: str
 ) -> None:
     sweep = SweepDir(tmp_path / "sweep")
     large = [
         *settings[:3],
         "model.vocab_size=600",
-        "tokens=131072",
-        "batch_tokens=131072",
+        f"tokens={tokens}",
+        f"batch_tokens={tokens}",
         "eval.tokens=4096",
         "seed=0",
     ]
@@ -72,5 +82,7 @@ def test_a_run_that_the_kernel_kills_goes_on_with_a_smaller_micro_batch(
         json.loads(path.read_text())["micro_batch_tokens"] for path in sorted(attempts.glob("*/provenance.json"))
     ]
     assert len(sizes) > 1
-    assert sizes == [131072 >> n for n in range(len(sizes))]
-    assert json.loads((attempts / "0001" / "failure.json").read_text())["reason"] == "killed for want of memory"
+    assert sizes == [tokens >> n for n in range(len(sizes))]
+    said = json.loads((attempts / "0001" / "failure.json").read_text())["reason"]
+    assert said.startswith(reason)
+    assert f"the memory limit of control group /{group.name} is 629 MB" in said
