@@ -51,13 +51,19 @@ class Muon:
         ]
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update of every matrix; gradients are cleared."""
+    def step(self, lr: float, squares: Tensor | None = None) -> None:
+        """One update of every matrix; gradients are cleared.
+
+        Args:
+            squares: Σ update² is added to it, without weight decay's part.
+        """
         for group, buffer in zip(self.groups, self.buffers, strict=True):
             grads = torch.stack([_wide(_gradient(p)) for p in group])
             buffer.lerp_(grads, 1.0 - self.momentum)
             update = orthogonalise(grads.lerp_(buffer, self.momentum).to(self.dtype)).to(buffer.dtype)
             update *= -lr * 0.2 * math.sqrt(update.shape[2])
+            if squares is not None:
+                squares += update.square().sum()
             if self.weight_decay:
                 torch._foreach_mul_(group, 1.0 - lr * self.weight_decay)
             torch._foreach_add_(

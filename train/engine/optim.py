@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Named = list[tuple[str, nn.Parameter]]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a parameter's size."""
+GROUPS = ("embedding", "layers", "head", "norms")
+"""Of parameters, whose updates are measured apart."""
+UPDATES_EVERY = 10
+"""Steps from one measured update to the next: the others do not wait for the device."""
 
 
 class Parameters(Protocol):
@@ -37,6 +41,13 @@ def parameter_groups(model: Parameters) -> tuple[Named, Named, Named]:
         else:
             rest.append((name, parameter))
     return layers, head, rest
+
+
+def group_of(name: str, parameter: nn.Parameter) -> str:
+    """Which of GROUPS a parameter belongs to."""
+    if parameter.ndim == 1:
+        return "norms"
+    return "embedding" if "embed_tokens" in name else "head" if name == "lm_head.weight" else "layers"
 
 
 class Optimizers:
@@ -63,6 +74,11 @@ class Optimizers:
             {"params": [p for _, p in rest], "weight_decay": 0.0},
         ]
         self.adamw_ratio = ratio
+        self.mesh = mesh
+        self.measures = False
+        """Whether the next step's updates are measured, for `update_ratios`."""
+        self._squares: Tensor | None = None
+        self._group = {p: GROUPS.index(group_of(name, p)) for name, p in (*head, *layers, *rest)}
         self.adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]],
             lr=spec.peak_lr,
@@ -85,9 +101,47 @@ class Optimizers:
         for group in self.adamw.param_groups:
             group["lr"] = lr * self.adamw_ratio
         self.adamw.step()
+        self._squares = None
+        if self.measures:
+            self._squares = torch.zeros(2, len(GROUPS), dtype=torch.float64, device=next(iter(self._group)).device)
         if self.muon is not None:
-            self.muon.step(lr)
+            of_layers = None if self._squares is None else self._squares[0, GROUPS.index("layers")]
+            self.muon.step(lr, of_layers)
         self.clear_gradients()
+        if self._squares is not None:
+            self._measure(self._squares)
+
+    @torch.no_grad()
+    def _measure(self, squares: Tensor) -> None:
+        """Add Σ update² of what AdamW stepped, and Σ weight² of all parameters, by group.
+
+        AdamW's update is lr·m̂/(√v̂ + ε), m̂ = m/(1 − β1ᵗ), v̂ = v/(1 − β2ᵗ) (Loshchilov & Hutter 2019, arXiv 1711.05101),
+        which the states after the step still say: no copy of the weights is needed.
+        """
+        part, copies = _parts(self.mesh)
+        for group in self.adamw.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                held = self.adamw.state[parameter]
+                first, second = (part(held[kind]) for kind in MOMENTS)
+                root = (second / (1 - beta2 ** held["step"])).sqrt_().add_(group["eps"])
+                update = (first / root).mul_(group["lr"] / (1 - beta1 ** held["step"]))
+                squares[0, self._group[parameter]] += update.square_().sum() / copies(parameter)
+        for parameter, number in self._group.items():
+            squares[1, number] += part(parameter).square().sum() / copies(parameter)
+
+    def update_ratios(self) -> dict[str, float]:
+        """Root mean square of the last step's update over that of the weights, by group; empty where it was not measured.
+
+        Without weight decay's part. Reading it waits for the device; every rank calls it together.
+        """
+        if self._squares is None:
+            return {}
+        squares = self._squares.cpu()
+        if self.mesh is not None:
+            torch.distributed.all_reduce(squares)
+        ratios = (squares[0] / squares[1]).sqrt().tolist()
+        return {f"update_ratio_{name}": ratio for name, ratio in zip(GROUPS, ratios, strict=True) if ratio == ratio}
 
     def clear_gradients(self) -> None:
         """Drop every gradient."""
@@ -136,6 +190,15 @@ class Optimizers:
         """Set AdamW's count of updates."""
         for held in self.adamw.state.values():
             held["step"].fill_(steps)
+
+
+def _parts(mesh: Mesh | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], int]]:
+    """What this rank holds of a tensor, and how many ranks hold each value of a parameter."""
+    if mesh is None:
+        return lambda tensor: tensor, lambda parameter: 1
+    from train.engine.parallel.shards import copies, local_part
+
+    return local_part, copies
 
 
 def named_states(state: Mapping[str, Any], model: Parameters, spec: OptimSpec) -> tuple[dict[str, Tensor], float]:

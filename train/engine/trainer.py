@@ -28,7 +28,7 @@ from train.engine import checkpoint
 from train.engine.evaluation import held_out_bytes_per_token, held_out_loss, source_losses
 from train.engine.graphs import CapturedPass, check_graphs
 from train.engine.host import Host, check_one_process
-from train.engine.optim import Optimizers
+from train.engine.optim import UPDATES_EVERY, Optimizers
 from train.engine.spike import Spikes
 from train.engine.staging import Writer, staged
 from train.model.decoder import Decoder
@@ -303,7 +303,8 @@ class Trainer:
         """One optimizer step on one batch; without an update where a gradient is not finite.
 
         Returns:
-            The mean training loss, the gradient norm, the learning rate; skipped: 1 when there was no update.
+            The mean training loss, the gradient norm, the learning rate, every UPDATES_EVERY steps update_ratio_GROUP;
+            skipped: 1 when there was no update.
         Raises:
             Diverged: there was none in the last MOST_SKIPPED steps: it is the weights, not the batch.
         """
@@ -315,7 +316,9 @@ class Trainer:
         factor = lr_factor(spec.schedule, (self.progress.step + 1) * spec.batch_tokens, spec.tokens)
         row = {"train_loss": loss / spec.batch_tokens, "grad_norm": norm, "lr": spec.optim.peak_lr * factor}
         if math.isfinite(norm):
+            self.optimizers.measures = (self.progress.step + 1) % UPDATES_EVERY == 0
             self.optimizers.step(factor)
+            row |= self.optimizers.update_ratios()
             self.progress.skipped_in_a_row = 0
         else:
             self.optimizers.clear_gradients()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from train.engine.muon import orthogonalise
 from train.engine.parallel.mesh import Mesh
-from train.engine.parallel.shards import Cut, local_part
+from train.engine.parallel.shards import Cut, copies, local_part
 
 
 class ShardedMuon:
@@ -44,8 +44,12 @@ class ShardedMuon:
         self.groups = groups
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update of every matrix; gradients are cleared."""
+    def step(self, lr: float, squares: Tensor | None = None) -> None:
+        """One update of every matrix; gradients are cleared.
+
+        Args:
+            squares: Σ update² is added to it, of this rank's parts, each value counted once over its mesh.
+        """
         for cut, group in self.groups.items():
             wanted = []
             for name, matrix in group:
@@ -61,6 +65,8 @@ class ShardedMuon:
                 if self.weight_decay:
                     part.mul_(1.0 - lr * self.weight_decay)
                 part.add_(update * scale)
+                if squares is not None:
+                    squares += (update * scale).square().sum() / copies(matrix)
 
     def moments(self) -> list[Tensor]:
         """The momentum of each matrix in turn, sharded as it is."""
