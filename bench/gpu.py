@@ -1,25 +1,34 @@
 """What the engine reaches on this device: tokens/s, MFU, memory and the parts of a step, beside a large matmul of the same call.
 
-python bench/gpu.py                 on a GPU: 1.44B, 125M, 50M and 10M parameters in bf16, eager and compiled
-python bench/gpu.py --device cpu    the same code on small shapes; random tokens, table last
+python bench/gpu.py                 on a GPU: the table below; random tokens, tables last
+python bench/gpu.py --sweep DIR     on a GPU: a real sweep, its sealed forecast, and the run that it forecasts (bench/gpu_sweep.py)
+python bench/gpu.py --device cpu    the same code on small shapes; what a CPU cannot do says so in its row
+
+Rows: 1.44B, 125M, 50M and 10M parameters, in bf16 unless said, eager and compiled, with and without CUDA graphs; 1.44B in fp8;
+2 and 4 processes that share the device; 8 runs of 10M one after another, in processes, and stacked. × is tokens/s over the
+first row of the same model, of all runs together. MFU is over the bf16 peak, also in fp8, with causal attention halved, then
+not. A row that fails says why and leaves the others; rows that --minutes leaves no time for say that. Starting a run is in no
+figure. From a clone that is not installed: PYTHONPATH=. python bench/gpu.py
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
-import torch
+from gpu_rows import Job, Measured, RowError, Workers
 
 from scaling.accounting import count_params, flops_per_token, training_bytes
-from scaling.errors import InputError, run_command
+from scaling.errors import InputError, run_command, unknown
 from scaling.hardware import match_device
 from scaling.shape import ModelShape
-from scaling.spec import OptimSpec
-from train.engine.optim import Optimizers
-from train.model.decoder import Decoder
-from train.model.kernels import set_up
+
+ROW_LIMIT_S = 300.0
+"""A row that takes longer, compilation included, is given up."""
+HEADER = "| model | setting | tokens/s | × | MFU | attention not halved | step, ms | GB, of predicted |\n|---|---|---|---|---|---|---|---|"
 
 
 def shape_of(width: int, depth: int, d_ff: int, vocab_size: int = 50304, seq_len: int = 2048) -> ModelShape:
@@ -27,118 +36,155 @@ def shape_of(width: int, depth: int, d_ff: int, vocab_size: int = 50304, seq_len
     return ModelShape(width, depth, max(1, width // (128 if width >= 1024 else 64)), d_ff, vocab_size, seq_len)
 
 
-ON_GPU = {
-    "1.44B": (shape_of(2048, 24, 5632), 32768, 8),
-    "125M": (shape_of(768, 12, 2048), 65536, 20),
-    "50M": (shape_of(512, 8, 1408, 32768), 65536, 30),
-    "10M": (shape_of(256, 6, 704, 8192, 1024), 65536, 40),
-}
-"""Shape, tokens of a micro-batch (a step has one), steps."""
-ON_CPU = {"small": (shape_of(128, 2, 344, 512, 128), 1024, 3)}
+LARGE = Job("1.44B", shape_of(2048, 24, 5632), 32768, 8)
+SMALL = (
+    Job("10M", shape_of(256, 6, 704, 8192, 1024), 65536, 60),
+    Job("50M", shape_of(512, 8, 1408, 32768), 65536, 30),
+    Job("125M", shape_of(768, 12, 2048), 65536, 20),
+)
+EIGHT = Job("8 × 10M", SMALL[0].shape, 32768, 60, micro_batch_tokens=16384)
+"""The plain loop at the engine's own micro-batch; the batch is about Step Law's at 20 tokens a parameter."""
+TINY = Job("small", shape_of(64, 2, 176, 512, 64), 256, 2)
 
 
-def seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Mean time of a call, after two that do not count."""
-    for _ in range(2):
-        work()
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    synchronise(device)
-    return (time.perf_counter() - start) / repeats
+def jobs(cuda: bool) -> list[Job]:
+    """The rows, in the order in which they are wanted."""
+    if not cuda:
+        return [
+            replace(TINY, families=True),
+            replace(TINY, cuda_graphs=True),
+            replace(TINY, precision="fp8"),
+            replace(TINY, compile="block"),
+            replace(TINY, processes=2),
+            replace(TINY, stacked=3),
+            replace(TINY, micro_batch_tokens=128),
+        ]
+    rows = [replace(LARGE, compile="block", families=True), replace(LARGE, precision="fp8", compile="block")]
+    for job in SMALL:
+        rows += [
+            replace(job, families=job is SMALL[0]),
+            replace(job, cuda_graphs=True),
+            replace(job, compile="block"),
+        ]
+        rows += [replace(job, compile="block", cuda_graphs=True, families=job is SMALL[0])]
+    whole = replace(EIGHT, micro_batch_tokens=None)
+    rows += [EIGHT, whole, replace(whole, stacked=8), replace(whole, cuda_graphs=True)]
+    rows += [replace(whole, compile="block", cuda_graphs=True), replace(EIGHT, processes=8)]
+    rows += [replace(whole, compile="block", cuda_graphs=True, processes=n) for n in (2, 4, 8)]
+    rows += [LARGE, replace(LARGE, compile="whole")]
+    rows += [replace(job, processes=n) for n in (2, 4) for job in SMALL]
+    rows += [replace(job, compile="block", cuda_graphs=True, processes=n) for n in (2, 4) for job in SMALL]
+    rows += [replace(job, compile="whole", cuda_graphs=graphs) for job in SMALL for graphs in (False, True)]
+    return [*rows, replace(LARGE, precision="fp8"), replace(LARGE, precision="fp8", compile="whole")]
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for what was launched."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def figures(job: Job, found: Sequence[Measured], peak_flops: float, first: float | None) -> tuple[str, float]:
+    """A row of the table, and its tokens/s.
+
+    Args:
+        peak_flops: the device's, bf16.
+        first: tokens/s of the model's first row.
+    """
+    seconds = max(m.ended for m in found) - min(m.began for m in found)
+    rate = sum(m.tokens for m in found) / seconds
+    mfu, full = (flops_per_token(job.shape, causal).train * rate / peak_flops for causal in (True, False))
+    parts = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in found[0].parts_s.items())
+    runs = job.processes * job.stacked
+    precision = "fp32" if job.precision == "fp32" else "bf16"
+    accumulates = job.pass_tokens < job.batch_tokens
+    predicted = training_bytes(job.shape, job.pass_tokens, "adamw", precision, accumulates=accumulates).total
+    row = (
+        f"| {job.model} ({count_params(job.shape).total / 1e6:.4g}M) | {job.setting} | {rate:,.0f} | "
+        f"{rate / (first or rate):.2f} | {mfu:.1%} | {full:.1%} | {1e3 * seconds / job.steps:.1f}"
+        f"{f' ({parts})' if parts else ''} | {sum(m.peak_bytes for m in found) / 1e9:.2f} of {runs * predicted / 1e9:.2f} |"
+    )
+    return row, rate
 
 
-def matmul_flops(size: int, device: torch.device) -> float:
-    """FLOP/s of a square bf16 product."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, 20, device)
+def families(job: Job, found: Measured) -> str:
+    """A row of the second table."""
+    split = ", ".join(f"{family} {1e3 * s:.2f}" for family, s in found.families.items())
+    return f"| {job.model} | {job.setting} | {1e3 * sum(found.families.values()):.2f} | {found.busy:.0%} | {split} |"
 
 
-def measure(
-    shape: ModelShape, tokens: int, steps: int, compiled: str, device: torch.device
-) -> tuple[dict[str, float], float]:
-    """Seconds of a step's parts (each waited for) and of the whole, and the peak of the device's memory in bytes."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Decoder(shape, "bf16")
-    model = model.to_empty(device=device)
-    model.initialise(0)
-    set_up(model, compiled, "none")  # type: ignore[arg-type]
-    optimizers = Optimizers(model, OptimSpec("adamw", 1e-4), "bf16")
-    ids = torch.randint(0, shape.vocab_size, (tokens // shape.seq_len, shape.seq_len), device=device)
-    parts = dict.fromkeys(("forward", "backward", "clip", "update"), 0.0)
+def measure_rows(wanted: Sequence[Job], device: str, until: float) -> None:
+    """Measure, print each row when it is there, and the tables.
 
-    def step(timed: bool = False) -> None:
-        started = time.perf_counter()
+    Args:
+        until: on the monotonic clock, when no further row begins.
+    """
+    workers: dict[int, Workers] = {}
 
-        def mark(name: str) -> None:
-            nonlocal started
-            if timed:
-                synchronise(device)
-                parts[name] += (time.perf_counter() - started) / steps
-                started = time.perf_counter()
+    def call(processes: int, name: str, *args: object) -> list:  # type: ignore[type-arg]
+        if processes not in workers or not workers[processes].alive:
+            workers[processes] = Workers(processes, device)
+        return workers[processes].call(name, *args, limit_s=ROW_LIMIT_S)
 
-        loss = model.loss(ids, ids) / tokens
-        mark("forward")
-        loss.backward()
-        mark("backward")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        mark("clip")
-        optimizers.step(1.0)
-        mark("update")
+    rows, split, first = [], [], dict[str, float]()
+    try:
+        try:
+            (name,) = call(1, "name")
+        except RowError as error:
+            raise InputError(str(error)) from None
+        known = match_device(name)
+        peak = known.peak("bf16") if known else float("nan")
+        heads = [f"{name}; bf16 peak {peak / 1e12:.4g} TFLOP/s"]
+        for dtype in ("bf16", "fp8") if device == "cuda" else ("bf16",):
+            size = 8192 if device == "cuda" else 256
+            try:
+                (best,) = call(1, "matmul", dtype, size)
+                heads.append(f"{size}³ {dtype} matmul {best / 1e12:.4g} TFLOP/s, {best / peak:.1%} of that peak")
+            except RowError as error:
+                heads.append(f"{size}³ {dtype} matmul: {error}")
+        print("\n".join(heads), flush=True)
+        for job in wanted:
+            try:
+                if time.monotonic() > until:
+                    raise RowError("not run: no time left (--minutes)")
+                found = call(job.processes, "measure", job)
+                row, rate = figures(job, found, peak, first.get(job.model))
+                first.setdefault(job.model, rate)
+                if found[0].families:
+                    split.append(families(job, found[0]))
+            except RowError as error:
+                row = f"| {job.model} | {job.setting} | {error} | | | | | |"
+            rows.append(row)
+            print(row, flush=True)
+    finally:
+        for some in workers.values():
+            some.close()
+    print("\n| model | setting | in kernels, ms a step | busy | by family, ms a step |\n|---|---|---|---|---|")
+    print("\n".join([*split, "", *heads, "", HEADER, *rows]))
 
-    whole = seconds(step, steps, device)
-    for _ in range(steps):
-        step(timed=True)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return {**parts, "step": whole}, float(peak)
 
-
-def main(argv: list[str]) -> None:
-    """Measure, and print a table."""
+def main(argv: list[str]) -> int | None:
+    """Measure, and print the tables; or sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument(
-        "--compile", default="none,block,whole", help="settings to compare (default: none,block,whole)"
-    )
+    parser.add_argument("--models", help="comma-separated: rows of these alone")
+    parser.add_argument("--compile", help="comma-separated: rows of these settings alone (none, block, whole)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no row begins later (default: 9)")
+    parser.add_argument("--sweep", type=Path, metavar="DIR", help="a sweep, its forecast and the run, in this folder")
+    parser.add_argument("--largest", type=float, metavar="FLOPS", help="with --sweep: of its largest run")
+    parser.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE", help="with --sweep: more settings")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("this machine has no GPU: give --device cpu for the same code on small shapes")
-    device = torch.device(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    known = match_device(name)
-    peak = known.peak("bf16") if known else float("nan")
-    best = matmul_flops(8192 if device.type == "cuda" else 512, device)
-    print(
-        f"{name}, torch {torch.__version__}; bf16 matmul {best / 1e12:.4g} TFLOP/s, {best / peak:.1%} of {peak / 1e12:.4g}"
-    )
-    rows = []
-    for label, (shape, tokens, steps) in (ON_GPU if device.type == "cuda" else ON_CPU).items():
-        for compiled in args.compile.split(","):
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
-            parts, memory = measure(shape, tokens, steps, compiled, device)
-            torch.compiler.reset()
-            rate = tokens / parts["step"]
-            mfu, full = (flops_per_token(shape, causal).train * rate / peak for causal in (True, False))
-            split = ", ".join(f"{part} {1e3 * s:.1f}" for part, s in parts.items() if part != "step")
-            predicted = training_bytes(shape, tokens, "adamw", "bf16").total
-            rows.append(
-                f"| {label} ({count_params(shape).total / 1e6:.4g}M) | {compiled} | {rate:,.0f} | {mfu:.1%} | {full:.1%} | "
-                f"{1e3 * parts['step']:.1f} ({split}) | {memory / 1e9:.2f} of {predicted / 1e9:.2f} |"
-            )
-            print(rows[-1], flush=True)
-    print("\n| model | compile | tokens/s | MFU | attention not halved | step, ms | GB, of predicted |")
-    print("|---|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    until = time.monotonic() + 60 * args.minutes
+    if args.sweep is not None:
+        from gpu_sweep import sweep
+
+        return sweep(args.sweep, args.device, args.largest, args.set)
+    if args.largest is not None or args.set:
+        raise InputError("--largest and --set belong to --sweep DIR: give it too")
+    every = jobs(args.device == "cuda")
+    chosen = every
+    for option, of in (("models", lambda job: job.model), ("compile", lambda job: job.compile)):
+        names = (getattr(args, option) or "").split(",") if getattr(args, option) else None
+        for name in names or ():
+            if name not in set(map(of, every)):
+                raise unknown(f"--{option}", name, set(map(of, every)))
+        chosen = [job for job in chosen if names is None or of(job) in names]
+    measure_rows(chosen, args.device, until)
+    return None
 
 
 if __name__ == "__main__":
