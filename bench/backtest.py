@@ -12,7 +12,8 @@ leave enough below (at least --least runs). OLMo's ladder is held out as publish
 
 python bench/backtest.py [--golden DIR] [--draws 100] [--only NAME] [--law NAME …]
 Last rows: mean over the data sets; mean over the sources (a source's data sets averaged first); then default over the best
-single law in hindsight and over plain (wanted: at most 1.10, below 1).
+single law in hindsight and over plain (wanted: at most 1.10, below 1). At the end, the share of the runs of the top cut that
+the default's intervals hold, a source's data sets averaged.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 PLAIN, DEFAULT = "plain", "default"
 BEST = "each data set's best law"
 ROLLING = (3.0, 10.0, 30.0)
+LEVELS = (0.5, 0.9)
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,39 @@ def golden_sets(folder: Path) -> list[DataSet]:
     return out
 
 
-def errors(runs: Runs, held_out: np.ndarray, laws: Sequence[str], draws: int) -> dict[str, float]:
-    """Mean |predicted / actual − 1| on the held-out runs; laws that cannot be fitted to the others are missing."""
+def split(runs: Runs, held_out: np.ndarray) -> tuple[Runs, Runs]:
+    """The runs to fit, and those held out."""
     below, above = (
         dataclasses.replace(runs, table=runs.table[m].reset_index(drop=True)) for m in (~held_out, held_out)
     )
+    return below, above
+
+
+def coverage(data: DataSet, draws: int) -> tuple[float, ...]:
+    """Share of the held-out runs inside the default's prediction intervals of LEVELS."""
+    below, above = split(data.runs, data.held_out)
+    n, d, loss = (above.table[c].to_numpy(float) for c in ("n_params", "n_tokens", "loss"))
+    fit = fit_law(below, draws=draws)
+    ends = [fit.predict_interval(n, d, level) for level in LEVELS]
+    return tuple(float(((low <= loss) & (loss <= high)).mean()) for low, high in ends)
+
+
+def coverage_text(sets: Sequence[DataSet], shares: Sequence[tuple[float, ...]]) -> str:
+    """A row a source, then their mean."""
+    lines = [["held-out runs inside the default's interval", *(f"{100 * level:.0f}%" for level in LEVELS)]]
+    rows = {o: np.mean([x for s, x in zip(sets, shares, strict=True) if s.source == o], 0) for o in sources(sets)}
+    rows["mean over sources"] = np.mean(list(rows.values()), 0)
+    return table([*lines, *([name, *(f"{100 * v:.0f}" for v in row)] for name, row in rows.items())])
+
+
+def sources(sets: Sequence[DataSet]) -> list[str]:
+    """Where the data sets are from."""
+    return list(dict.fromkeys(s.source for s in sets))
+
+
+def errors(runs: Runs, held_out: np.ndarray, laws: Sequence[str], draws: int) -> dict[str, float]:
+    """Mean |predicted / actual − 1| on the held-out runs; laws that cannot be fitted to the others are missing."""
+    below, above = split(runs, held_out)
     n, d, loss = (above.table[c].to_numpy(float) for c in ("n_params", "n_tokens", "loss"))
     out = {}
     for law in laws:
@@ -153,12 +183,13 @@ def rolling_errors(data: DataSet, laws: Sequence[str], draws: int, least: int) -
 
 def summary(sets: Sequence[DataSet], rows: Sequence[dict[str, float]], laws: Sequence[str]) -> dict[str, Any]:
     """Means over data sets and over sources, of the laws that are there for every data set; the ratios of the default."""
-    sources = list(dict.fromkeys(s.source for s in sets))
     everywhere = [law for law in laws if all(law in row for row in rows)]
     by_set = {law: float(np.mean([row[law] for row in rows])) for law in everywhere}
     by_source = {
         law: float(
-            np.mean([np.mean([r[law] for s, r in zip(sets, rows, strict=True) if s.source == o]) for o in sources])
+            np.mean(
+                [np.mean([r[law] for s, r in zip(sets, rows, strict=True) if s.source == o]) for o in sources(sets)]
+            )
         )
         for law in everywhere
     }
@@ -243,6 +274,7 @@ def main(argv: list[str]) -> None:
     for name, (chosen, rows) in tables.items():
         if chosen:
             print(text(f"{name}: mean |error|, %", chosen, rows, usable), end="\n\n")
+    print(coverage_text(sets, [coverage(s, args.draws) for s in sets]), end="\n\n")
     print(f"{len(sets)} data sets in {time.perf_counter() - start:.0f} s")
 
 
