@@ -166,7 +166,8 @@ def make_run(
     }[budget[0]](budget[1])
     asked = wanted if recipe_tokens_per_param is None else recipe_tokens_per_param * params.active("body_head")
     hyper = recipe.hyperparameters(params, asked, asked * per_token, shape)
-    steps = round(wanted / hyper.batch_tokens)
+    ramp_tokens = sum(stage.tokens for stage in hyper.batch_ramp)
+    steps = round((wanted - ramp_tokens) / hyper.batch_tokens)
     if steps < 1:
         raise InputError(
             f"{budget[0]}={budget[1]:g} at width {width} is {wanted:.0f} tokens, less than one batch of "
@@ -182,7 +183,7 @@ def make_run(
     return RunSpec(
         shape=shape,
         data=data,
-        tokens=steps * hyper.batch_tokens,
+        tokens=ramp_tokens + steps * hyper.batch_tokens,
         batch_tokens=hyper.batch_tokens,
         optim=optim,
         schedule=dataclasses.replace(schedule, warmup_tokens=hyper.warmup_tokens),
@@ -190,6 +191,7 @@ def make_run(
         seed=seed,
         precision=precision,
         divergence_factor=divergence_factor,
+        batch_ramp=hyper.batch_ramp,
     )
 
 

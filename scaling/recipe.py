@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from scaling.config import from_dict, to_dict
 from scaling.errors import InputError
 from scaling.files import read_json
 from scaling.shape import ModelShape
+from scaling.spec import BatchStage
 
 RuleName = Literal["steplaw", "porian", "deepseek", "measured", "fixed"]
 
@@ -95,6 +96,8 @@ class Hyperparameters:
     beta2: float
     note: str | None = None
     """A warning: the rule was asked outside its measured range."""
+    batch_ramp: tuple[BatchStage, ...] = ()
+    """Stages before batch_tokens."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +123,28 @@ class Recipe:
     warmup_tokens: int | None = None
     weight_decay: float | None = None
     beta2: float | None = None
+    batch_ramp: tuple[tuple[float, float], ...] | None = field(default=None, metadata={"absent": None})
+    """Stages at the start of a run, each as its share of the run's tokens and its batch over the full one:
+    [[.05, .25], [.05, .5]]: a quarter of the batch over the first 5%, half over the next 5%. None: one batch throughout."""
 
     def __post_init__(self) -> None:
-        for field in ("lr_multiplier", "batch_multiplier", "min_steps"):
-            if not getattr(self, field) > 0:
-                raise InputError(f"recipe.{field} = {getattr(self, field)}: must be positive")
+        for name in ("lr_multiplier", "batch_multiplier", "min_steps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"recipe.{name} = {getattr(self, name)}: must be positive")
         if not 0 <= self.warmup_fraction < 1:
             raise InputError(f"recipe.warmup_fraction = {self.warmup_fraction}: must be in [0, 1)")
-        for field in ("peak_lr", "batch_tokens"):
-            value = getattr(self, field)
+        for name in ("peak_lr", "batch_tokens"):
+            value = getattr(self, name)
             if value is not None and not value > 0:
-                raise InputError(f"{field} = {value}: must be positive")
+                raise InputError(f"{name} = {value}: must be positive")
             if value is None and self.name == "fixed":
-                raise InputError(f"recipe=fixed needs recipe.{field}=VALUE")
+                raise InputError(f"recipe=fixed needs recipe.{name}=VALUE")
+        for share, batch in self.batch_ramp or ():
+            if not (0 < share < 1 and 0 < batch < 1):
+                raise InputError(
+                    f"recipe.batch_ramp: stage [{share:g}, {batch:g}]: the share of the tokens and that of the batch must be "
+                    "between 0 and 1, as in [[0.05, 0.25], [0.05, 0.5]]"
+                )
         if self.name == "measured" and self.law is None:
             raise InputError(
                 "recipe=measured needs its law: give recipe.path=FILE, written by python -m analysis.recipe"
@@ -181,7 +193,16 @@ class Recipe:
             weight_decay=0.1 if self.weight_decay is None else self.weight_decay,
             beta2=beta2 if self.beta2 is None else self.beta2,
             note=rule.extrapolation(size, tokens),
+            batch_ramp=self._stages(tokens, batch, shape.seq_len),
         )
+
+    def _stages(self, tokens: float, batch_tokens: int, seq_len: int) -> tuple[BatchStage, ...]:
+        """batch_ramp in tokens: whole sequences and whole steps, at least one of each."""
+        stages = []
+        for share, of_batch in self.batch_ramp or ():
+            batch = max(1, round(of_batch * batch_tokens / seq_len)) * seq_len
+            stages.append(BatchStage(max(1, round(share * tokens / batch)) * batch, batch))
+        return tuple(stages)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `recipe_from_dict` is the inverse."""

@@ -137,7 +137,7 @@ class RunRecord:
     @property
     def bought_flops(self) -> float:
         """Exact FLOPs of the steps that this run trained itself."""
-        return training_flops(self.spec.shape, self.tokens - self.start_step * self.spec.batch_tokens)
+        return training_flops(self.spec.shape, self.tokens - self.spec.tokens_in(self.start_step))
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:

@@ -58,6 +58,6 @@ def branch_step(spec: RunSpec) -> int:
 def learning_rates(spec: RunSpec) -> list[float]:
     """The learning rate of each step of a run."""
     return [
-        spec.optim.peak_lr * lr_factor(spec.schedule, step * spec.batch_tokens, spec.tokens)
+        spec.optim.peak_lr * lr_factor(spec.schedule, spec.tokens_in(step), spec.tokens)
         for step in range(1, spec.steps + 1)
     ]

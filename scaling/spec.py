@@ -185,6 +185,23 @@ class RollbackSpec:
 
 
 @dataclass(frozen=True)
+class BatchStage:
+    """Steps of one batch at the start of a run, before it has its full one (GPT-3, arXiv 2005.14165, section 2.3)."""
+
+    tokens: int
+    """Tokens read in the stage: a multiple of batch_tokens."""
+    batch_tokens: int
+    """Tokens of one of its steps: a multiple of seq_len."""
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1 or self.tokens < 1 or self.tokens % self.batch_tokens:
+            raise InputError(
+                f"batch_ramp: {self.tokens} tokens in steps of {self.batch_tokens}: both positive, the first a multiple of "
+                "the second"
+            )
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """One training run. `run_id` hashes the fields that decide its result."""
 
@@ -211,6 +228,8 @@ class RunSpec:
     """A trunk: steps whose checkpoints are kept for good, because branches start there."""
     rollback: RollbackSpec | None = field(default=None, metadata={"absent": None})
     """What happens at a loss spike; None: the run goes on through it."""
+    batch_ramp: tuple[BatchStage, ...] = field(default=(), metadata={"absent": ()})
+    """Stages of smaller batches before batch_tokens; which text a step reads depends on the tokens before it alone."""
     contract: int = CODE_CONTRACT
 
     def __post_init__(self) -> None:
@@ -219,10 +238,11 @@ class RunSpec:
                 f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.shape.seq_len}: "
                 f"use {max(1, round(self.batch_tokens / self.shape.seq_len)) * self.shape.seq_len}"
             )
-        if self.tokens < 1 or self.tokens % self.batch_tokens:
+        self._check_ramp()
+        if self.tokens < 1 or (self.tokens - self._ramp_tokens) % self.batch_tokens:
             raise InputError(
                 f"tokens {self.tokens} is not a multiple of batch_tokens {self.batch_tokens}: "
-                f"use {max(1, round(self.tokens / self.batch_tokens)) * self.batch_tokens}"
+                f"use {max(1, round(self.tokens / self.batch_tokens)) * self.batch_tokens + self._ramp_tokens % self.batch_tokens}"
             )
         if self.schedule.warmup_tokens >= self.tokens:
             raise InputError(
@@ -246,10 +266,42 @@ class RunSpec:
                 "plan it again"
             )
 
+    def _check_ramp(self) -> None:
+        for stage in self.batch_ramp:
+            if stage.batch_tokens % self.shape.seq_len:
+                raise InputError(
+                    f"batch_ramp: {stage.batch_tokens} tokens are no multiple of seq_len {self.shape.seq_len}"
+                )
+        if self._ramp_tokens >= self.tokens:
+            raise InputError(f"batch_ramp: its {self._ramp_tokens} tokens must be below the run's {self.tokens}")
+        if self.batch_ramp and (self.keep_steps or self.parent_run_id is not None or self.rollback is not None):
+            raise InputError("batch_ramp with branches or rollback: their steps must be of one size; leave one out")
+
+    @property
+    def _ramp_tokens(self) -> int:
+        return sum(stage.tokens for stage in self.batch_ramp)
+
     @property
     def steps(self) -> int:
         """Optimizer steps."""
-        return self.tokens // self.batch_tokens
+        return self.steps_in(self.tokens)
+
+    def steps_in(self, tokens: int) -> int:
+        """Whole optimizer steps within the run's first tokens."""
+        steps = 0
+        for stage in self.batch_ramp:
+            if tokens < stage.tokens:
+                return steps + tokens // stage.batch_tokens
+            steps, tokens = steps + stage.tokens // stage.batch_tokens, tokens - stage.tokens
+        return steps + tokens // self.batch_tokens
+
+    def tokens_in(self, steps: int) -> int:
+        """Tokens of the run's first steps."""
+        tokens = 0
+        for stage in self.batch_ramp:
+            count = min(steps, stage.tokens // stage.batch_tokens)
+            tokens, steps = tokens + count * stage.batch_tokens, steps - count
+        return tokens + steps * self.batch_tokens
 
     @property
     def trained_tokens(self) -> int:

@@ -119,9 +119,7 @@ def best_curve_law(curves: Sequence[Curve], names: Sequence[str] = tuple(CURVE_L
 
 def run_schedule(spec: RunSpec) -> Schedule:
     """The learning rate of each step of a run, done or only planned."""
-    return Schedule(
-        np.array(learning_rates(spec)), min(spec.schedule.warmup_tokens // spec.batch_tokens, spec.steps - 1)
-    )
+    return Schedule(np.array(learning_rates(spec)), min(spec.steps_in(spec.schedule.warmup_tokens), spec.steps - 1))
 
 
 def load_curve(run: RunDir) -> Curve:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -105,7 +105,8 @@ class Mixed:
 
 
 class Loader:
-    """Training batches: step s reads windows s·B to (s + 1)·B − 1 of the run's order, B = batch_tokens / seq_len.
+    """Training batches: step s reads windows s·B to (s + 1)·B − 1 of the run's order, B = batch_tokens / seq_len; with a ramp
+    those of the tokens of its own stage.
 
     So neither the batch size nor how many processes share a batch changes which windows the first tokens of a run are.
     """
@@ -117,6 +118,7 @@ class Loader:
         batch_tokens: int,
         seed: int,
         order: Mixed | None = None,
+        tokens_in: Callable[[int], int] | None = None,
     ) -> None:
         """
         Args:
@@ -125,6 +127,7 @@ class Loader:
             batch_tokens: tokens of one optimizer step, a multiple of seq_len.
             seed: of the order.
             order: of the windows; None: all of the shard, shuffled anew every epoch.
+            tokens_in: tokens of the run's first steps, by their number; None: batch_tokens a step.
         Raises:
             InputError: the shard is shorter than two windows.
         """
@@ -132,8 +135,9 @@ class Loader:
         self.tokens = tokens
         self.seq_len = seq_len
         self.batch_size = batch_tokens // seq_len
-        self.rows = slice(None)
-        """Of each batch: what this rank reads."""
+        self.rows: Callable[[int], slice] = lambda batch_size: slice(None)
+        """Of a batch of so many sequences: what this rank reads."""
+        self.tokens_in = tokens_in or (lambda steps: steps * batch_tokens)
         self.order: Shuffled | Mixed = order or Shuffled(len(tokens), seq_len, [seed])
 
     @classmethod
@@ -144,13 +148,17 @@ class Loader:
             windows = spec.tokens // shape.seq_len
             order = Mixed(corpus.manifest.sources, mixture, shape.seq_len, spec.seed, windows)
         tokens = corpus.train[: spec.data.unique_tokens]
-        return cls(tokens, shape.seq_len, spec.batch_tokens, spec.seed, order)
+        return cls(tokens, shape.seq_len, spec.batch_tokens, spec.seed, order, spec.tokens_in)
 
     def batch(self, step: int, steps: int = 1) -> Batch:
         """The batch of optimizer step `step`, from 0, or those of several steps from there on, one below another."""
-        windows = np.arange(step * self.batch_size, (step + steps) * self.batch_size)
-        windows = windows.reshape(steps, -1)[:, self.rows].ravel()
+        windows = np.concatenate([self._windows(number) for number in range(step, step + steps)])
         return _gather(self.tokens, self.order.starts(windows), self.seq_len)
+
+    def _windows(self, step: int) -> NDArray[np.int64]:
+        """The windows that this rank reads for a step."""
+        first, stop = (self.tokens_in(steps) // self.seq_len for steps in (step, step + 1))
+        return np.arange(first, stop)[self.rows(stop - first)]
 
     def iterate(self, start_step: int, stop_step: int, ahead: int = 2) -> Generator[Batch]:
         """The batches of steps start_step to stop_step − 1, read by a thread before their turn.
@@ -181,13 +189,12 @@ class Loader:
         thread = threading.Thread(target=read, name="loader", daemon=True)
         thread.start()
         try:
-            for _ in range(start_step, stop_step, block):
+            for step in range(start_step, stop_step, block):
                 item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
-                inputs_BT, targets_BT = item
-                rows = len(range(self.batch_size)[self.rows])
-                yield from zip(inputs_BT.split(rows), targets_BT.split(rows), strict=True)
+                rows = [len(self._windows(number)) for number in range(step, min(step + block, stop_step))]
+                yield from zip(*(part.split(rows) for part in item), strict=True)
         finally:
             stop.set()
             thread.join()

@@ -168,9 +168,10 @@ def _steps(
             row: dict[str, Any] = trainer.step(inputs_BT, targets_BT)
             progress = trainer.progress
             step_s = time.monotonic() - start + waited_s
+            step_tokens = spec.tokens_in(progress.step) - spec.tokens_in(progress.step - 1)
             progress.train_s += step_s
             progress.data_wait_s += waited_s
-            row = {"step": progress.step, "tokens": progress.step * spec.batch_tokens, **row, **noted}
+            row = {"step": progress.step, "tokens": spec.tokens_in(progress.step), **row, **noted}
             noted = {}
             rollback = trainer.spiked(row["train_loss"])
             if rollback is not None and trainer.roll_back(rollback, run.checkpoints):
@@ -180,7 +181,7 @@ def _steps(
                 save()
                 continue
             trainer.watch_loss(row["train_loss"])
-            row |= {"tokens_per_s": round(spec.batch_tokens / step_s, 1), "data_wait_s": round(waited_s, 6)}
+            row |= {"tokens_per_s": round(step_tokens / step_s, 1), "data_wait_s": round(waited_s, 6)}
             if trainer.is_evaluation_step():
                 val_loss = trainer.evaluate()
                 row["val_loss"] = val_loss

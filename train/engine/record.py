@@ -19,7 +19,7 @@ from train.engine.trainer import Trainer
 def make_record(trainer: Trainer, lease: Lease, status: Status, loss: float | None, reason: str | None) -> RunRecord:
     """What the run was and came to."""
     spec, progress, corpus = trainer.spec, trainer.progress, trainer.corpus
-    tokens = progress.step * spec.batch_tokens
+    tokens = spec.tokens_in(progress.step)
     flops: dict[str, float] = {name: training_flops(spec.shape, tokens, name) for name in FLOPS_CONVENTIONS}
     params = spec.params
     description = torch.cuda.get_device_name() if trainer.device.type == "cuda" else trainer.device.type
@@ -28,7 +28,7 @@ def make_record(trainer: Trainer, lease: Lease, status: Status, loss: float | No
     at_work = ranks * (trainer.host.threads if trainer.device.type == "cpu" else 1)
     peak = None if device is None else device.peak(spec.precision) * at_work
     train_s = max(progress.train_s, 1e-9)
-    trained = (progress.step - progress.start_step) * spec.batch_tokens
+    trained = tokens - spec.tokens_in(progress.start_step)
     computed = {
         "mfu": training_flops(spec.shape, trained),
         "mfu_full_attention": training_flops(spec.shape, trained, "full_attention"),

@@ -7,7 +7,6 @@ import errno
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from train.engine.evaluation import held_out_bytes_per_token, held_out_loss, sou
 from train.engine.graphs import CapturedPass, check_graphs
 from train.engine.host import Host, check_one_process
 from train.engine.optim import UPDATES_EVERY, Optimizers
+from train.engine.progress import Progress
 from train.engine.spike import Spikes
 from train.engine.staging import Writer, staged
 from train.model.decoder import Decoder
@@ -44,26 +44,6 @@ MOST_SKIPPED = 3
 """Steps in a row without an update, because a gradient is not finite, that end the run as diverged."""
 SMOOTHING = 0.9
 """Of the training loss that the divergence stop watches: an exponential mean over about ten steps."""
-
-
-@dataclass
-class Progress:
-    """The loop's own counters; a checkpoint carries them, so that a resumed run ends with the same record."""
-
-    step: int = 0
-    """Optimizer steps done, a branch's trunk's included."""
-    start_step: int = 0
-    """The trunk's step that a branch started from; 0: trained from its first step."""
-    smooth_loss: float | None = None
-    lowest_loss: float = math.inf
-    tail_loss: float = 0.0
-    """Sum of the training loss over the last tenth of the steps."""
-    train_s: float = 0.0
-    wall_s: float = 0.0
-    data_wait_s: float = 0.0
-    """Of train_s: waiting for batches."""
-    skipped_in_a_row: int = 0
-    """Steps without an update up to this one."""
 
 
 class Diverged(Exception):
@@ -106,7 +86,7 @@ class Trainer:
         self.apart = None if world is None else world.apart
         self.loader = Loader.of(spec, corpus)
         if not isinstance(self.model, Decoder):
-            self.loader.rows = self.model.mesh.rows(self.loader.batch_size)
+            self.loader.rows = self.model.mesh.rows
         self.source_losses: dict[str, float] = {}
         self.progress = Progress()
         self.spikes = None if spec.rollback is None else Spikes(spec.rollback)
@@ -308,13 +288,15 @@ class Trainer:
         Raises:
             Diverged: there was none in the last MOST_SKIPPED steps: it is the weights, not the batch.
         """
-        spec = self.spec
+        spec, after = self.spec, self.spec.tokens_in(self.progress.step + 1)
+        tokens = after - spec.tokens_in(self.progress.step)
+        scale = spec.batch_tokens / tokens
         if isinstance(self.model, Decoder):
-            loss, norm = self._gradients(self.model, inputs_BT, targets_BT)
+            loss, norm = self._gradients(self.model, inputs_BT, targets_BT, scale)
         else:
-            loss, norm = self.model.gradients(inputs_BT, targets_BT, spec.optim.clip_norm)
-        factor = lr_factor(spec.schedule, (self.progress.step + 1) * spec.batch_tokens, spec.tokens)
-        row = {"train_loss": loss / spec.batch_tokens, "grad_norm": norm, "lr": spec.optim.peak_lr * factor}
+            loss, norm = self.model.gradients(inputs_BT, targets_BT, spec.optim.clip_norm, scale)
+        factor = lr_factor(spec.schedule, after, spec.tokens)
+        row = {"train_loss": loss / tokens, "grad_norm": norm, "lr": spec.optim.peak_lr * factor}
         if math.isfinite(norm):
             self.optimizers.measures = (self.progress.step + 1) % UPDATES_EVERY == 0
             self.optimizers.step(factor)
@@ -331,8 +313,14 @@ class Trainer:
             raise Diverged(f"gradients are not finite in the {MOST_SKIPPED} steps up to {self.progress.step}")
         return row
 
-    def _gradients(self, model: Decoder, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[float, float]:
-        """Gradients of the mean loss, clipped. Returns the summed loss and the norm before clipping."""
+    def _gradients(
+        self, model: Decoder, inputs_BT: torch.Tensor, targets_BT: torch.Tensor, scale: float
+    ) -> tuple[float, float]:
+        """Gradients of the mean loss, clipped. Returns the summed loss and the norm before clipping.
+
+        Args:
+            scale: the run's batch_tokens over those of this batch.
+        """
         spec = self.spec
         micro = max(1, self.host.micro_batch_tokens // spec.shape.seq_len)
         if self.host.member is not None:
@@ -345,6 +333,8 @@ class Trainer:
             run = self.captured or self._pass
             for inputs, targets in zip(inputs_BT.split(micro), targets_BT.split(micro), strict=True):
                 loss += run(inputs.to(self.device), targets.to(self.device))
+        if scale != 1.0:
+            torch._foreach_mul_([parameter.grad for parameter in self.parameters if parameter.grad is not None], scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, spec.optim.clip_norm)
         return float(loss), float(norm)
 

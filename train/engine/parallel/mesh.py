@@ -82,6 +82,12 @@ def check_layout(spec: RunSpec, layout: Layout, ranks: int) -> None:
         )
     if layout.pipeline > 1 and shape.tied_embeddings:
         raise InputError(f"{where}: tied embeddings need pipeline = 1, as the first and last stage share the matrix")
+    for stage in spec.batch_ramp:
+        if layout.pipeline > 1 or stage.batch_tokens // shape.seq_len % layout.data:
+            raise InputError(
+                f"{where}: batch_ramp needs pipeline = 1, and data ranks that divide the {stage.batch_tokens // shape.seq_len} "
+                "sequences of its smallest steps too"
+            )
     if shape.experts is not None:
         raise InputError(f"{where}: experts train in one process so far: use one rank")
 

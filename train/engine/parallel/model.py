@@ -98,12 +98,15 @@ class ParallelModel:
         """This rank's positions of these rows."""
         return batch_BT[:, self.mesh.positions(self.spec.shape.seq_len)].to(self.mesh.device)
 
-    def gradients(self, inputs_BT: Tensor, targets_BT: Tensor, clip_norm: float) -> tuple[float, float]:
+    def gradients(
+        self, inputs_BT: Tensor, targets_BT: Tensor, clip_norm: float, scale: float = 1.0
+    ) -> tuple[float, float]:
         """Forward and backward of a global batch: gradients of the mean loss are left on the parameters, clipped.
 
         Args:
             inputs_BT: this rank's rows of the batch.
             targets_BT: theirs.
+            scale: the run's batch_tokens over those of this batch.
         Returns:
             Summed loss over the batch, nats, and the global gradient norm before clipping: on every rank the same.
         """
@@ -118,8 +121,8 @@ class ParallelModel:
             self._schedule.step(*feed, target=wanted, targets_BT=targets, return_outputs=False)
         squares = square_sum(self.named_parameters())
         nll, square = self._total(sum(float(stage.nll) for stage in self.stages), float(squares))
-        norm = square**0.5
-        self._scale_gradients(min(1.0, clip_norm / (norm + 1e-6)))
+        norm = scale * square**0.5
+        self._scale_gradients(scale * min(1.0, clip_norm / (norm + 1e-6)))
         return nll, norm
 
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> None:
