@@ -30,7 +30,12 @@ def run_case(case: dict[str, Any], world: World | None) -> dict[str, Any]:
         trainer = Trainer(
             spec,
             corpus,
-            Host(layout=case["layout"], micro_batch_tokens=128, recompute=case.get("recompute", "none")),
+            Host(
+                layout=case["layout"],
+                micro_batch_tokens=128,
+                recompute=case.get("recompute", "none"),
+                compile=case.get("compile", "none"),
+            ),
             world,
         )
     except InputError as error:
@@ -43,7 +48,17 @@ def run_case(case: dict[str, Any], world: World | None) -> dict[str, Any]:
         trainer.save(Path(case["save"]))
         trainer.writer.wait()
     losses, norms = [row["train_loss"] for row in rows], [row["grad_norm"] for row in rows]
-    return {"name": case["name"], "first": first, "losses": losses, "norms": norms, "held_out": trainer.evaluate()}
+    loads = [{name: value for name, value in row.items() if "expert" in name} for row in rows]
+    held_out = trainer.evaluate()
+    return {
+        "name": case["name"],
+        "first": first,
+        "losses": losses,
+        "norms": norms,
+        "held_out": held_out,
+        "loads": loads,
+        "bias": {name: tensor.tolist() for name, tensor in trainer.state_dict()["model"].items() if "bias_E" in name},
+    }
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from scaling.ranks import run_ranks
 from scaling.records import DataManifest
-from scaling.shape import ModelShape
+from scaling.shape import Experts, ModelShape
 from scaling.spec import DataSpec, EvalSpec, OptimSpec, RunSpec, ScheduleSpec
 from scaling.sweepdir import RunDir
 from train.data.shards import Corpus
@@ -49,11 +49,33 @@ FOUR = {
     "tensor × 1f1b": "tensor=2,pipeline=2",
     "context × 1f1b": "context=2,pipeline=2",
 }
+OF_KIND = {
+    4: {
+        "fsdp × tensor, muon": "tensor=2",
+        "fsdp × tensor, tied": "tensor=2",
+        "hsdp × 2, experts": "data=4,replicas=2",
+        "fsdp × tensor, experts": "tensor=2",
+        "context × 1f1b, experts": "context=2,pipeline=2",
+        "tensor × context, balanced by a loss": "tensor=2,context=2",
+        "tensor × 1f1b, masked": "tensor=2,pipeline=2",
+    },
+    2: {
+        "zero bubble, muon": TWO["zero bubble"],
+        "fsdp, experts": "",
+        "fsdp, balanced by a loss": "",
+        "fsdp, masked": "",
+        "context, masked": "context=2",
+    },
+}
+"""Other runs, by what their names end with; the rest train the same run with AdamW."""
 REFUSED = {
     "data=3": "is of 3 ranks, there are 2",
     "tensor=2,micro_batch=3": "micro_batch 3 does not divide 8",
     "pipeline=2,chunks=4,schedule=interleaved": "8 pipeline stages for 4 layers",
+    "tensor=2,recompute=full": "their collectives are not compiled: use compile=none",
+    "pipeline=2": "balance=loss need pipeline = 1",
 }
+REFUSED_OF = {"tensor=2,recompute=full": {"compile": "block"}, "pipeline=2": {"optim": "balanced by a loss"}}
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +105,27 @@ def results(make_spec_module: Specs, tmp_path_factory: pytest.TempPathFactory) -
     specs = {name: make_spec_module(name).to_dict() for name in ("adamw", "muon")}
     tied = make_spec_module("adamw")
     specs["tied"] = dataclasses.replace(tied, shape=dataclasses.replace(tied.shape, tied_embeddings=True)).to_dict()
+    specs["masked"] = dataclasses.replace(tied, data=dataclasses.replace(tied.data, document_mask=True)).to_dict()
+    for kind, balance in (("experts", "bias"), ("balanced by a loss", "loss")):
+        experts = Experts(4, 2, n_shared=1, granularity=2, balance=balance, balance_rate=0.01)  # type: ignore[arg-type]
+        specs[kind] = dataclasses.replace(tied, shape=dataclasses.replace(tied.shape, experts=experts)).to_dict()
 
     def case(name: str, layout: str, optim: str = "adamw", **fields: Any) -> dict[str, Any]:
         return {"name": name, "spec": specs[optim], "layout": layout, "steps": STEPS, **fields}
 
     whole = [case(f"one process, {optim}", "", optim) for optim in specs]
     whole.append(case("saved by one", "", "muon", steps=SAVED, save=str(folder / "one")))
+    whole.append(case("experts saved by one", "", "experts", steps=SAVED, save=str(folder / "experts")))
     found = {c["name"]: run_case(c, None) for c in whole}
     by_one = [str(path) for path in checkpoint.newest(folder / "one")]
     later = {"steps": STEPS - SAVED, "optim": "muon"}
+    experts = {"steps": STEPS - SAVED, "optim": "experts"}
+    by_two = str(folder / "two" / f"step-{SAVED:09d}.pt")
     by_four = str(folder / "four" / f"step-{SAVED:09d}.pt")
     cases = {
         4: [
             *(case(name, layout) for name, layout in FOUR.items()),
-            case("fsdp × tensor, muon", "tensor=2", "muon"),
-            case("fsdp × tensor, tied", "tensor=2", "tied"),
+            *(case(name, layout, name.split(", ")[1]) for name, layout in OF_KIND[4].items()),
             case("fsdp × tensor, recomputed", "tensor=2", recompute="full"),
             case("fsdp × 1f1b, recomputed", "pipeline=2", recompute="selective"),
             case("one → fsdp × tensor", "tensor=2", start=by_one, **later),
@@ -106,10 +134,14 @@ def results(make_spec_module: Specs, tmp_path_factory: pytest.TempPathFactory) -
         ],
         2: [
             *(case(name, layout) for name, layout in TWO.items()),
-            case("zero bubble, muon", TWO["zero bubble"], "muon"),
+            *(case(name, layout, name.split(", ")[1]) for name, layout in OF_KIND[2].items()),
+            case("fsdp, compiled", "", compile="block"),
+            case("1f1b, compiled", "pipeline=2", compile="block", recompute="selective"),
+            case("experts saved by two", "", "experts", steps=SAVED, save=str(folder / "two")),
+            case("one → fsdp, experts", "", start=[str(folder / "experts" / f"step-{SAVED:09d}.pt")], **experts),
             case("fsdp × tensor → context", "context=2", start=[by_four], **later),
             case("fsdp × tensor → fsdp", "", start=[by_four], **later),
-            *(case(layout, layout) for layout in REFUSED),
+            *(case(layout, layout, **REFUSED_OF.get(layout, {})) for layout in REFUSED),
         ],
     }
     for ranks, some in cases.items():
@@ -119,8 +151,15 @@ def results(make_spec_module: Specs, tmp_path_factory: pytest.TempPathFactory) -
         assert run_ranks([sys.executable, worker, str(asked), str(answer)], ranks) == 0
         found |= {out["name"]: out for out in json.loads(answer.read_text())}
     found["fsdp × tensor → one"] = run_case(case("", "", start=[by_four], **later), None)
+    found["fsdp → one, experts"] = run_case(case("", "", start=[by_two], **experts), None)
     found["folder"] = {"path": str(folder)}
     return found
+
+
+def reference(name: str) -> str:
+    """The case of one process that a case of several ranks should equal."""
+    of_kind = any(name in cases for cases in OF_KIND.values())
+    return f"one process, {name.split(', ')[1] if of_kind else 'adamw'}"
 
 
 def differences(found: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float, float]:
@@ -134,15 +173,13 @@ def differences(found: dict[str, Any], reference: dict[str, Any]) -> tuple[float
 def test_every_layout_and_pair_is_one_process(
     results: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kinds = {"muon": "one process, muon", "tied": "one process, tied"}
-    names = [*TWO, "zero bubble, muon", *FOUR, *(f"fsdp × tensor, {kind}" for kind in ("muon", "tied", "recomputed"))]
-    names.append("fsdp × 1f1b, recomputed")
-    rows = {n: differences(results[n], results[kinds.get(n.split(", ")[-1], "one process, adamw")]) for n in names}
+    two = [*TWO, *OF_KIND[2], "fsdp, compiled", "1f1b, compiled"]
+    names = [*two, *FOUR, *OF_KIND[4], "fsdp × tensor, recomputed", "fsdp × 1f1b, recomputed"]
+    rows = {name: differences(results[name], results[reference(name)]) for name in names}
     with capsys.disabled():
-        print(f"\n{'layout':24} {'ranks':>5} {'|Δloss|':>9} {'|Δnorm|':>9} {'|Δheld-out|':>11}")
+        print(f"\n{'layout':36} {'ranks':>5} {'|Δloss|':>9} {'|Δnorm|':>9} {'|Δheld-out|':>11}")
         for name, row in rows.items():
-            ranks = 2 if name.removesuffix(", muon") in TWO else 4
-            print(f"{name:24} {ranks:5} {row[0]:9.1e} {row[1]:9.1e} {row[2]:11.1e}")
+            print(f"{name:36} {2 if name in two else 4:5} {row[0]:9.1e} {row[1]:9.1e} {row[2]:11.1e}")
     assert results["one process, adamw"]["losses"][0] > results["one process, adamw"]["losses"][-1]
     assert {name: row for name, row in rows.items() if max(row) > 2e-6} == {}
 
@@ -160,6 +197,22 @@ def test_every_layout_and_pair_is_one_process(
 def test_a_checkpoint_goes_on_under_another_layout(name: str, results: dict[str, dict[str, Any]]) -> None:
     assert results[name]["first"] == SAVED
     assert max(differences(results[name], results["one process, muon"])) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["one → fsdp, experts", "fsdp → one, experts"])
+def test_experts_go_on_with_their_routers_biases(name: str, results: dict[str, dict[str, Any]]) -> None:
+    alone = results["one process, experts"]
+    assert max(differences(results[name], alone)) <= 2e-6
+    assert results[name]["bias"] == alone["bias"]
+
+
+def test_load_of_the_experts_is_that_of_all_ranks(results: dict[str, dict[str, Any]]) -> None:
+    alone = results["one process, experts"]
+    assert any(value for bias in alone["bias"].values() for value in bias)
+    assert alone["loads"][0]["expert_load_max"] > 1
+    for name in ("fsdp, experts", "hsdp × 2, experts", "fsdp × tensor, experts", "context × 1f1b, experts"):
+        assert results[name]["loads"] == pytest.approx(alone["loads"])
+        assert results[name]["bias"].items() <= alone["bias"].items()
 
 
 @pytest.mark.parametrize(("layout", "message"), REFUSED.items())

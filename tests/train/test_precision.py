@@ -98,11 +98,10 @@ def test_a_profile_of_some_steps(make_spec: Callable[..., RunSpec], tmp_path: Pa
 def test_auto_chooses_by_the_expected_time_alone(
     make_spec: Callable[..., RunSpec], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = model_of()
-    assert choose("auto", 119.0, model)[0] == "none"
-    assert choose("auto", 121.0, model)[0] == "block"
-    assert choose("whole", 1.0, model)[0] == "whole"
-    assert choose("auto", 1e6, model_of(shape=dataclasses.replace(SHAPE, experts=Experts(4, 1))))[0] == "none"
+    assert choose("auto", 119.0, SHAPE)[0] == "none"
+    assert choose("auto", 121.0, SHAPE)[0] == "block"
+    assert choose("whole", 1.0, SHAPE)[0] == "whole"
+    assert choose("auto", 1e6, dataclasses.replace(SHAPE, experts=Experts(4, 1)))[0] == "none"
     spec = make_spec(steps=12)
     record = train(spec, RunDir(tmp_path / "auto"), Host(compile="auto"))
     assert f"run {spec.run_id}: compile=none: about " in capsys.readouterr().err

@@ -63,13 +63,13 @@ def check_one_process(spec: RunSpec, host: Host) -> None:
     """Refuse what several ranks cannot do.
 
     Raises:
-        InputError: data.document_mask or compilation.
+        InputError: precision fp8, compile=whole, cuda_graphs.
     """
-    for setting, value, only in (
-        ("data.document_mask", spec.data.document_mask, False),
-        ("precision", spec.precision if spec.precision == "fp8" else "bf16", "bf16"),
-        ("compile", host.compile, "none"),
-        ("cuda_graphs", host.cuda_graphs, False),
+    fp8, whole = spec.precision == "fp8", host.compile == "whole"
+    for is_set, setting, why, instead in (
+        (fp8, "precision=fp8", "the scales of a sharded weight are not shared between its ranks", "precision=bf16"),
+        (whole, "compile=whole", "the weights of each layer are gathered when it begins", "compile=block"),
+        (host.cuda_graphs, "cuda_graphs", "collectives are not captured", "cuda_graphs=false"),
     ):
-        if value != only:
-            raise InputError(f"{setting} = {value} trains in one process so far: use one rank, or {setting} = {only}")
+        if is_set:
+            raise InputError(f"{setting} trains in one process alone, as {why}: use one rank, or {instead}")

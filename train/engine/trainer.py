@@ -33,7 +33,7 @@ from train.engine.spike import Spikes
 from train.engine.staging import Writer, staged
 from train.model.decoder import Decoder
 from train.model.fp8 import check_fp8, use_fp8
-from train.model.kernels import choose, set_up
+from train.model.kernels import Compile, choose, set_up
 
 if TYPE_CHECKING:
     from train.engine.parallel.model import ParallelModel
@@ -66,22 +66,25 @@ class Trainer:
             check_graphs(self.device, spec.shape)
         if world is None:
             with torch.device("meta"):
-                model = Decoder(spec.shape, spec.precision)
+                model = Decoder(spec.shape, spec.precision, spec.multipliers)
             self.model = model.to_empty(device=self.device)
             self.model.initialise(spec.seed)
             self.model.document_end = EOS if spec.data.document_mask else None
             self.compiled = self._set_up(self.model)
-            self.optimizers = Optimizers(self.model, spec.optim, spec.precision)
+            self.optimizers = Optimizers(self.model, spec.optim, spec.precision, None, spec.multipliers)
         else:
             from train.engine.parallel.model import parallel_model  # seconds: one process never needs it
 
             check_one_process(spec, host)
             assert host.recompute != "budget", "resolved by the caller"
-            self.compiled = False
             self.model = parallel_model(
                 spec, host.layout, host.micro_batch_tokens, host.recompute, world, self.device
             )
-            self.optimizers = Optimizers(self.model, spec.optim, spec.precision, self.model.mesh)
+            self.compiled = self._chosen(self.model, self.model.uncompiled) != "none"
+            if self.compiled:
+                self.model.compile()
+            mesh = self.model.mesh
+            self.optimizers = Optimizers(self.model, spec.optim, spec.precision, mesh, spec.multipliers)
         self.writer = Writer()
         self.apart = None if world is None else world.apart
         self.loader = Loader.of(spec, corpus)
@@ -93,16 +96,25 @@ class Trainer:
         self.parameters = [parameter for _, parameter in self.model.named_parameters()]
         self.captured = CapturedPass(self._pass, self.parameters) if host.cuda_graphs else None
 
-    def _set_up(self, model: Decoder) -> bool:
-        """Recomputation and compilation as the host asks; says what compile=auto chose. Returns whether it is compiled."""
+    def _chosen(self, model: Decoder | ParallelModel, uncompiled: str | None = None) -> Compile:
+        """What is compiled, unless the model cannot be (`uncompiled`: why); says what compile=auto chose."""
         host = self.host
         expected_s = 0.0
         if host.compile == "auto":
             description = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-            expected_s = run_seconds(self.spec, match_device(description) or find_device("h100"))
-        compiled, why = choose(host.compile, expected_s, model)
+            ranks = 1 if self.world is None else self.world.size
+            expected_s = run_seconds(self.spec, match_device(description) or find_device("h100")) / ranks
+        compiled, why = choose(host.compile, expected_s, model.shape)
         if host.compile == "auto":
-            print(f"run {self.spec.run_id}: compile={compiled}: {why}", file=sys.stderr)
+            if compiled != "none" and uncompiled:
+                compiled, why = "none", uncompiled
+            if self.leads:
+                print(f"run {self.spec.run_id}: compile={compiled}: {why}", file=sys.stderr)
+        return compiled
+
+    def _set_up(self, model: Decoder) -> bool:
+        """Recomputation and compilation as the host asks. Returns whether it is compiled."""
+        host, compiled = self.host, self._chosen(model)
         if self.spec.precision == "fp8":
             check_fp8(self.device)
             use_fp8(model.model.layers)
@@ -120,7 +132,7 @@ class Trainer:
         if isinstance(self.model, Decoder):
             model, optimizers = self.model.state_dict(), self.optimizers.state_dict()
         else:
-            model = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+            model = self.model.state()
             optimizers = {"named": self.optimizers.named_states(), "steps": self.optimizers.steps}
         return {
             "run_id": self.spec.run_id,
@@ -306,8 +318,8 @@ class Trainer:
             self.optimizers.clear_gradients()
             self.progress.skipped_in_a_row += 1
             row["skipped"] = 1
-        if isinstance(self.model, Decoder) and spec.shape.experts:
-            row |= follow_load(self.model)
+        if spec.shape.experts:
+            row |= follow_load(self.model) if isinstance(self.model, Decoder) else self.model.follow_load()
         self.progress.step += 1
         if self.progress.skipped_in_a_row == MOST_SKIPPED:
             raise Diverged(f"gradients are not finite in the {MOST_SKIPPED} steps up to {self.progress.step}")
@@ -334,7 +346,9 @@ class Trainer:
             for inputs, targets in zip(inputs_BT.split(micro), targets_BT.split(micro), strict=True):
                 loss += run(inputs.to(self.device), targets.to(self.device))
         if scale != 1.0:
-            torch._foreach_mul_([parameter.grad for parameter in self.parameters if parameter.grad is not None], scale)
+            torch._foreach_mul_(
+                [parameter.grad for parameter in self.parameters if parameter.grad is not None], scale
+            )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, spec.optim.clip_norm)
         return float(loss), float(norm)
 

@@ -61,29 +61,30 @@ def attend(
     k_BTGK: Tensor,
     v_BTGK: Tensor,
     context: Context | None = None,
-    mask_B1TT: Tensor | None = None,
+    mask_B1TS: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax(q·kᵀ/√K)·v; query head h reads key/value head h·G/H.
 
     Args:
         q_BTHK: queries, of as many positions as there are keys, or of the last position alone.
         context: where ranks share the sequence: queries, keys and values are this rank's.
-        mask_B1TT: `document_mask`, instead of the causal one; not with a context.
+        mask_B1TS: `document_mask`, instead of the causal one; with a context its rows are those of this rank's positions.
     Returns:
         (B, T, H, K).
     """
     if context is not None:
-        assert mask_B1TT is None, "the layout refuses document_mask with a shared sequence"
         k_BSGK, v_BSGK = context.whole(k_BTGK), context.whole(v_BTGK)
         parts = []
-        for number, q_part in zip(context.chunks, q_BTHK.chunk(2, dim=1), strict=True):
+        masks = [None, None] if mask_B1TS is None else mask_B1TS.chunk(2, dim=2)
+        for number, q_part, mask in zip(context.chunks, q_BTHK.chunk(2, dim=1), masks, strict=True):
             size = q_part.shape[1]
             end = (number + 1) * size
-            mask_TS = torch.ones(size, end, dtype=torch.bool, device=q_part.device).tril(end - size)
-            parts.append(_softmax(q_part, k_BSGK[:, :end], v_BSGK[:, :end], mask_TS))
+            if mask is None:
+                mask = torch.ones(size, end, dtype=torch.bool, device=q_part.device).tril(end - size)
+            parts.append(_softmax(q_part, k_BSGK[:, :end], v_BSGK[:, :end], mask[..., :end]))
         return torch.cat(parts, dim=1)
     assert q_BTHK.shape[1] in (1, k_BTGK.shape[1])
-    return _softmax(q_BTHK, k_BTGK, v_BTGK, mask_B1TT)
+    return _softmax(q_BTHK, k_BTGK, v_BTGK, mask_B1TS)
 
 
 def _softmax(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None = None) -> Tensor:

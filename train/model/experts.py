@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from scaling.shape import ModelShape
 from train.model.layers import MLP, Linear
@@ -36,6 +38,8 @@ class Router(nn.Module):
         """Tokens that each expert got since the last `follow_load`; recomputed layers count theirs again."""
         self.auxiliary: Tensor | None = None
         """balance=loss: balance_rate · N · E·Σ f·P of the last forward pass."""
+        self.peers: ProcessGroup | None = None
+        """Ranks that share each sequence: f is of all of its tokens."""
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Chosen experts (N, K), their weights (N, K) in fp32, and the tokens that each expert got, (E,)."""
@@ -47,14 +51,17 @@ class Router(nn.Module):
         weights_NK = scores_NE.gather(1, chosen_NK)
         if experts.top_k > 1:
             weights_NK = weights_NK / weights_NK.sum(dim=1, keepdim=True)
-        counts_E = torch.bincount(chosen_NK.flatten(), minlength=experts.n_experts)
+        counts_E = own_E = torch.bincount(chosen_NK.flatten(), minlength=experts.n_experts)
         if self.training:
-            self.load_E = counts_E if self.load_E is None else self.load_E + counts_E
+            self.load_E = own_E if self.load_E is None else self.load_E + own_E
         if experts.balance == "loss":
+            if self.peers is not None:
+                counts_E = counts_E.clone()
+                dist.all_reduce(counts_E, group=self.peers)
             share_E = counts_E / counts_E.sum()
             scale = experts.balance_rate * len(x_ND) * experts.n_experts
             self.auxiliary = scale * (share_E * scores_NE.mean(dim=0)).sum()
-        return chosen_NK, weights_NK, counts_E
+        return chosen_NK, weights_NK, own_E
 
     @torch.no_grad()
     def follow_load(self) -> Tensor:
@@ -116,15 +123,17 @@ def routers(model: nn.Module) -> Iterator[Router]:
 
 
 def follow_load(model: nn.Module) -> dict[str, float]:
-    """Balance every router after an optimizer step; how even the step's load was, for metrics.jsonl.
+    """Balance every router after an optimizer step; how even the step's load was (`evenness`), nothing for a dense model."""
+    loads = [router.follow_load() for router in routers(model)]
+    return evenness(torch.stack(loads)) if loads else {}
+
+
+def evenness(load_LE: Tensor) -> dict[str, float]:
+    """How even a step's load was, for metrics.jsonl.
 
     Returns:
         expert_load_max: the fullest expert's load over the mean, in the layer where that is worst; experts_unused: those
-        that no token went to, over all layers. Nothing for a dense model.
+        that no token went to, over all layers.
     """
-    loads = [router.follow_load() for router in routers(model)]
-    if not loads:
-        return {}
-    load_LE = torch.stack(loads)
     worst, unused = torch.stack([(load_LE.amax(1) / load_LE.mean(1)).amax(), (load_LE == 0).sum()]).tolist()
     return {"expert_load_max": worst, "experts_unused": unused}

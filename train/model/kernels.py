@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from scaling.errors import InputError
+from scaling.shape import ModelShape
 
 if TYPE_CHECKING:
     from train.model.decoder import Decoder
@@ -83,11 +84,11 @@ def set_up(model: Decoder, compiled: Compile, recompute: Recompute, layers: int 
         model.hidden = torch.compile(model.hidden, dynamic=False)  # type: ignore[method-assign]
 
 
-def choose(compiled: Compile, expected_s: float, model: Decoder) -> tuple[Compile, str]:
+def choose(compiled: Compile, expected_s: float, shape: ModelShape) -> tuple[Compile, str]:
     """compile=auto decided, the same on every start of a run, with the reason; another setting is as it is."""
     if compiled != "auto":
         return compiled, "asked for"
-    if model.shape.experts:
+    if shape.experts:
         return "none", "the shapes of experts follow the data"
     if expected_s <= COMPILE_FROM_S:
         return "none", f"about {expected_s:.0f} s, and compiling pays from {COMPILE_FROM_S:.0f} s on"

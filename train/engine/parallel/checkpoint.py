@@ -21,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from scaling.files import write_atomic, write_json
 from scaling.spec import RunSpec
@@ -123,7 +124,8 @@ def _load_file(
     full = {f"{MODEL}/{name}": tensor for name, tensor in whole["model"].items()} | named
     with torch.no_grad():
         for key, tensor in tensors.items():
-            local_part(tensor).copy_(own_part(key.partition("/")[2], full[key], mesh))
+            is_cut = isinstance(tensor, DTensor)
+            local_part(tensor).copy_(own_part(key.partition("/")[2], full[key], mesh) if is_cut else full[key])
     return {
         **{key: value for key, value in whole.items() if key not in ("model", "optimizers")},
         "steps": steps,

@@ -55,7 +55,7 @@ def check_layout(spec: RunSpec, layout: Layout, ranks: int) -> None:
         ("sequences of a data rank", rows // layout.data, layout.micro_batch, "micro_batch"),
         ("query heads", shape.n_heads, layout.tensor, "tensor"),
         ("key/value heads", shape.kv_heads, layout.tensor, "tensor"),
-        ("d_ff", shape.d_ff, layout.tensor, "tensor"),
+        ("d_ff", shape.expert_d_ff, layout.tensor, "tensor"),
         ("vocabulary entries", shape.vocab_size, layout.tensor, "tensor"),
         ("tokens of a sequence", shape.seq_len, 2 * layout.context if layout.context > 1 else 1, "2 × context"),
         ("tokens of a sequence's part", local_seq, layout.tensor, "tensor"),
@@ -88,8 +88,11 @@ def check_layout(spec: RunSpec, layout: Layout, ranks: int) -> None:
                 f"{where}: batch_ramp needs pipeline = 1, and data ranks that divide the {stage.batch_tokens // shape.seq_len} "
                 "sequences of its smallest steps too"
             )
-    if shape.experts is not None:
-        raise InputError(f"{where}: experts train in one process so far: use one rank")
+    if shape.experts is not None and shape.experts.balance == "loss" and layout.pipeline > 1:
+        raise InputError(
+            f"{where}: experts with balance=loss need pipeline = 1, as the last stage alone has a loss to add theirs to: use "
+            "balance=bias, or data, tensor and context ranks"
+        )
 
 
 class Mesh:

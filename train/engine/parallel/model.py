@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,14 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
+from scaling.errors import InputError
 from scaling.layout import describe_layout, layout_values
 from scaling.spec import RunSpec
 from train.engine.parallel.mesh import Mesh, check_layout, complete_layout
 from train.engine.parallel.shards import local_part, square_sum
 from train.engine.parallel.stage import Stage
 from train.engine.parallel.world import START_TIMEOUT_S, World
+from train.model.experts import Router, evenness, routers
 from train.model.kernels import Recompute
 
 
@@ -43,6 +46,12 @@ class ParallelModel:
         """This rank's parameters, sharded, by the decoder's names."""
         for stage in self.stages:
             yield from stage.decoder.named_parameters()
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's parameters, sharded, and the routers' biases, which every rank of a stage has whole; by the decoder's names."""
+        biases = [item for stage in self.stages for item in stage.decoder.state_dict(keep_vars=True).items()]
+        parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return parameters | {name: tensor for name, tensor in biases if not isinstance(tensor, nn.Parameter)}
 
     def train(self, mode: bool = True) -> None:
         """As nn.Module.train."""
@@ -110,33 +119,39 @@ class ParallelModel:
         Returns:
             Summed loss over the batch, nats, and the global gradient norm before clipping: on every rank the same.
         """
-        inputs, targets = self._own(inputs_BT), self._own(targets_BT)
+        inputs, given = self._own(inputs_BT), self._given(inputs_BT, targets_BT)
         for stage in self.stages:
             stage.nll.zero_()
         if self._schedule is None:
-            self._accumulate(inputs, targets)
+            self._accumulate(inputs, given)
         else:
             feed = (inputs,) if self.stages[0].is_first else ()
-            wanted = targets if self.stages[-1].is_last else None
-            self._schedule.step(*feed, target=wanted, targets_BT=targets, return_outputs=False)
+            wanted = given["targets_BT"] if self.stages[-1].is_last else None
+            self._schedule.step(*feed, target=wanted, return_outputs=False, **given)
         squares = square_sum(self.named_parameters())
         nll, square = self._total(sum(float(stage.nll) for stage in self.stages), float(squares))
         norm = scale * square**0.5
         self._scale_gradients(scale * min(1.0, clip_norm / (norm + 1e-6)))
         return nll, norm
 
-    def _accumulate(self, inputs: Tensor, targets: Tensor) -> None:
+    def _given(self, inputs_BT: Tensor, targets_BT: Tensor) -> dict[str, Any]:
+        """What every stage is given beside what it reads from the one before."""
+        given = {"targets_BT": self._own(targets_BT)}
+        return given | ({"tokens_BS": inputs_BT.to(self.mesh.device)} if self.spec.data.document_mask else {})
+
+    def _accumulate(self, inputs: Tensor, given: dict[str, Tensor]) -> None:
         (stage,) = self.stages
-        micro = self.mesh.layout.micro_batch
-        pairs = list(zip(inputs.split(micro), targets.split(micro), strict=True))
-        for number, (x, y) in enumerate(pairs, 1):
-            is_last = number == len(pairs)
+        micro, keeps = self.mesh.layout.micro_batch, self.mesh.layout.shard == "optimizer"
+        parts = inputs.split(micro)
+        for number, x in enumerate(parts):
+            is_last = number == len(parts) - 1
             for module in stage.sharded():
-                module.set_requires_gradient_sync(is_last, recurse=False)
-                if self.mesh.layout.shard == "optimizer":
+                module.set_requires_gradient_sync(is_last or not keeps, recurse=False)
+                if keeps:
                     module.set_reshard_after_backward(is_last, recurse=False)
                 module.set_is_last_backward(is_last)
-            (stage(x, y).sum() / self.spec.batch_tokens).backward()
+            rows = {name: tensor.split(micro)[number] for name, tensor in given.items()}
+            (stage(x, **rows).sum() / self.spec.batch_tokens).backward()
 
     def _total(self, nll: float, square: float) -> tuple[float, float]:
         """Sums over the ranks; tensor-parallel ranks have the same loss, which counts once."""
@@ -160,11 +175,53 @@ class ParallelModel:
             inputs, targets = inputs_BT[:1], targets_BT[:1]
         for stage in self.stages:
             stage.nll.zero_()
-        self._forward(self._own(inputs), self._own(targets))
+        self._forward(self._own(inputs), self._given(inputs, targets))
         nll = 0.0 if is_idle else sum(float(stage.nll) for stage in self.stages)
         return self._total(nll, 0.0)[0]
 
-    def _forward(self, inputs: Tensor, targets: Tensor) -> None:
+    def follow_load(self) -> dict[str, float]:
+        """As train.model.experts.follow_load, with the load of all ranks."""
+        experts = self.shape.experts
+        assert experts is not None
+        load_LE = torch.zeros(self.shape.depth, experts.n_experts, device=self.mesh.device)
+        for stage in self.stages:
+            load_LE[stage.numbers] = torch.stack([_load(router) for router in routers(stage)])
+        dist.all_reduce(load_LE)
+        load_LE /= self.mesh.layout.tensor  # tensor-parallel ranks have counted the same tokens
+        for stage in self.stages:
+            for router, load_E in zip(routers(stage), load_LE[stage.numbers], strict=True):
+                router.load_E = load_E
+                router.follow_load()
+        return evenness(load_LE)
+
+    @property
+    def uncompiled(self) -> str | None:
+        """Why the layers of this layout cannot be compiled; None: they can."""
+        layout = self.mesh.layout
+        if self.shape.experts:
+            return "the shapes of experts follow the data"
+        if layout.tensor > 1 or layout.context > 1:
+            return (
+                "tensor and context ranks speak to each other within a layer, and their collectives are not compiled"
+            )
+        if layout.schedule == "zero_bubble":
+            return "zero bubble computes weight gradients apart, which a compiled layer computes with the others"
+        return None
+
+    def compile(self) -> None:
+        """Compile each layer.
+
+        Raises:
+            InputError: a layout whose layers hold collectives.
+        """
+        if self.uncompiled:
+            where = describe_layout(self.mesh.layout)
+            raise InputError(f"compile=block with layout ({where}): {self.uncompiled}: use compile=none")
+        for stage in self.stages:
+            for layer in stage.layers:
+                layer.forward = torch.compile(layer.forward, dynamic=False)
+
+    def _forward(self, inputs: Tensor, given: dict[str, Tensor]) -> None:
         """Through all stages one after another."""
         group, here, ranks = None, self.mesh.pipeline_rank, self.mesh.layout.pipeline
         if ranks > 1:
@@ -174,12 +231,17 @@ class ParallelModel:
             if not stage.is_first:
                 x = torch.empty_like(self._between(len(inputs)), device=self.mesh.device, requires_grad=False)
                 dist.recv(x, group=group, group_src=(here - 1) % ranks)
-            x = stage(x, targets)
+            x = stage(x, **given)
             if number + 1 < self.count:
                 dist.send(x.contiguous(), group=group, group_dst=(here + 1) % ranks)
         for stage in self.stages:
             for module in stage.sharded():
                 module.reshard()
+
+
+def _load(router: Router) -> Tensor:
+    assert router.load_E is not None, "a step follows a forward pass"
+    return router.load_E
 
 
 def parallel_model(

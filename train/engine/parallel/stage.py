@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from scaling.spec import RunSpec
+from train.data.tokenizer import EOS
 from train.engine.parallel.mesh import Mesh
 from train.engine.parallel.shards import local_part, own_part, split_over_tensor
+from train.model.attention import document_mask
 from train.model.collectives import gather_sequence, local, scatter_sequence
 from train.model.decoder import Decoder, initial_weight, rotary_tables
+from train.model.experts import routers
 from train.model.kernels import recomputed
 from train.model.loss import linear_cross_entropy
 
@@ -34,8 +37,9 @@ class Stage(nn.Module):
         super().__init__()
         self.mesh, self.spec = mesh, spec
         self.is_first, self.is_last = first == 0, stop == spec.shape.depth
+        self.numbers = slice(first, stop)
         with torch.device("meta"):
-            decoder = Decoder(spec.shape, spec.precision)
+            decoder = Decoder(spec.shape, spec.precision, spec.multipliers)
         decoder.model.layers = nn.ModuleDict({str(n): decoder.model.layers[n] for n in range(first, stop)})  # type: ignore[assignment]
         if not self.is_first:
             del decoder.model.embed_tokens
@@ -45,6 +49,8 @@ class Stage(nn.Module):
         self.nll: Tensor = torch.zeros((), device=mesh.device)
         """Summed loss of the micro-batches since it was set to 0."""
         split_over_tensor(decoder, mesh)
+        for router in routers(decoder):
+            router.peers = None if mesh.context is None else mesh.context.group
         for layer in self.layers:
             layer.self_attn.context = mesh.context
             if mesh.tensor is not None:
@@ -82,8 +88,10 @@ class Stage(nn.Module):
         positions = self.mesh.positions(self.spec.shape.seq_len)
         for name, table in zip(("cos", "sin"), rotary_tables(self.spec.shape), strict=True):
             setattr(self.decoder, name, table[positions].to(self.mesh.device, self.decoder.dtype))
+        for router in routers(self.decoder):
+            router.bias_E.zero_()
         for name, parameter in self.decoder.named_parameters():
-            full = initial_weight(name, parameter.shape, self.spec.shape, self.spec.seed)
+            full = initial_weight(name, parameter.shape, self.spec.shape, self.spec.seed, self.spec.multipliers)
             local_part(parameter).copy_(own_part(name, full, self.mesh))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,12 +112,20 @@ class Stage(nn.Module):
         rows = F.embedding(ids.clamp(0, weight.shape[0] - 1), weight) * is_here[..., None]
         return scatter_sequence(rows, self.mesh.tensor)
 
-    def forward(self, x: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Ids (B, T) on the first stage, else (B, T, D) from the stage before; the last stage's summed loss, (1,)."""
+    def forward(self, x: Tensor, targets_BT: Tensor | None = None, tokens_BS: Tensor | None = None) -> Tensor:
+        """Ids (B, T) on the first stage, else (B, T, D) from the stage before; the last stage's summed loss, (1,).
+
+        Args:
+            tokens_BS: all ids of the sequences, where attention stays within documents.
+        """
+        mask_B1TS = None
+        if tokens_BS is not None:
+            positions = self.mesh.positions(self.spec.shape.seq_len)
+            mask_B1TS = document_mask(tokens_BS, EOS)[:, :, positions]
         if self.is_first:
             x = self._embed(x).to(self.decoder.dtype)
         for layer in self.layers:
-            x = layer(x, self.decoder.cos, self.decoder.sin)
+            x = layer(x, self.decoder.cos, self.decoder.sin, None, mask_B1TS)
         if not self.is_last:
             return x
         assert targets_BT is not None
@@ -119,4 +135,9 @@ class Stage(nn.Module):
         head = local(self.decoder.lm_head.weight)
         nll = linear_cross_entropy(x, head, targets_BT, self.spec.optim.z_loss, self.mesh.tensor)
         self.nll += nll.detach()
+        if self.spec.shape.experts and self.spec.shape.experts.balance == "loss":
+            for router in routers(self.decoder):
+                assert router.auxiliary is not None
+                share = router.auxiliary / self.mesh.layout.tensor  # each tensor-parallel rank has seen all tokens
+                nll = nll + (share - share.detach())
         return nll.repeat(1)
