@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,7 @@ def predict_with_intervals(
     return float(fit.predict(n, d)), ((inner[0], inner[1]), (outer[0], outer[1]))
 
 
+@cache
 def family_widths(family: ShapeFamily) -> np.ndarray:
     """Widths that the family has, thinned to steps of at least 1/256 above where they are that dense."""
     step = family.width_multiple
@@ -203,6 +205,7 @@ def family_widths(family: ShapeFamily) -> np.ndarray:
     return np.array(widths)
 
 
+@cache
 def family_flops_per_token(family: ShapeFamily, convention: str, causal: bool = True) -> Callable[[Floats], Floats]:
     """Training FLOPs of one token as a function of N, interpolated in ln–ln between the family's shapes.
 

@@ -20,6 +20,7 @@ arXiv 2305.16264, where the fit has no repeated runs of its own."""
 FLAT = 1e-3
 """Relative loss within which sizes are told to be equal."""
 _LEAST_N, _GRID, _ZOOMS = 1e2, 400, 4
+_STEP, _HALVINGS = float(np.log(4.0)), 24
 _WIDE, _AROUND = np.log(1e3), 161
 _END = 0.1
 """Share of the draws at either end of N* whose regret is told: their median is that at the end of the 90% interval."""
@@ -167,13 +168,23 @@ class Search:
         return n, d
 
     def _optimal_for(self, tokens: float) -> float:
-        """The N that is compute-optimal for so many fresh tokens, by bisection over compute."""
-        low, high = np.log(6 * tokens * 1e-4), np.log(6 * tokens * 1e6 * max(tokens, 1.0))
-        for _ in range(40):
+        """The N that is compute-optimal for so many fresh tokens, by bisection over compute.
+
+        From 20 tokens a parameter outwards: an ensemble need not have an optimum at compute that is out of all proportion.
+        """
+
+        def best(log_flops: float) -> tuple[float, float]:
+            return self.fit.allocate(float(np.exp(log_flops)), self.exact)
+
+        low = high = float(np.log(6 * tokens * max(tokens / 20, 10.0)))
+        while best(low)[1] > tokens:
+            low -= _STEP
+        while best(high)[1] < tokens:
+            high += _STEP
+        for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            n, d = self.fit.allocate(float(np.exp(middle)), self.exact)
-            low, high = (middle, high) if d < tokens else (low, middle)
-        return n
+            low, high = (middle, high) if best(middle)[1] < tokens else (low, middle)
+        return best(high)[0]
 
 
 def _within(x: Floats, above: Floats, most: float) -> tuple[float, float]:

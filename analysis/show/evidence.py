@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.laws import PUBLISHED
 from analysis.show import html, numbers
 from analysis.show.backtest import law_backtest
 
@@ -30,7 +32,7 @@ BACKTEST: dict[str, tuple[str, Callable[[Any], object]]] = {
 
 
 def evidence(fit: FitResult, runs: Runs, target: float, remarks: Sequence[str]) -> list[str]:
-    """The approaches at `target` FLOPs, the backtest, remarks, and every run.
+    """The approaches and the published laws at `target` FLOPs, the backtest, remarks, and every run.
 
     Args:
         remarks: what to look out for; the runs' own notes are added.
@@ -41,12 +43,26 @@ def evidence(fit: FitResult, runs: Runs, target: float, remarks: Sequence[str]) 
     rows = [[APPROACHES[name], *_approach(value, target)] for name, value in fit.approaches.items()]
     blocks += ["<h2>Chinchilla's three approaches</h2>", html.table("", header, rows)]
     blocks += [f'<p class="soft">{html.text(line)}</p>' for line in _silent_approaches(fit)]
+    blocks += ["<h2>What published laws say of this budget</h2>", _published(target)]
     if fit.backtest:
         blocks += ["<h2>Backtest: the largest budgets held out and forecast from the rest</h2>", *_backtest(fit)]
     if said := list(dict.fromkeys([*remarks, *runs.notes])):
         blocks += ["<h2>Warnings and notes</h2>", html.notes(said)]
     blocks += ["<h2>Runs</h2>", _runs(fit, runs)]
     return blocks
+
+
+def _published(target_flops: float) -> str:
+    """N* and D* of every published law, and the loss on its own data, which is not that of these runs."""
+    rows = []
+    for law in PUBLISHED:
+        n, d, loss = law.allocate(target_flops)
+        cells = [f"{law.n_exponent:.3f}", numbers.si(n), numbers.si(d), numbers.si(d / n)]
+        rows.append([law.name, *cells, None if loss is None else f"{loss:.3f}", re.split("[,:]", law.source)[0]])
+    header = ["law", "N* ∝ C^a, a", "N*", "D*", "D*/N*", "loss on its own data", "from"]
+    return html.table(
+        f"At {numbers.flops(target_flops)} FLOPs, each in its own way of counting N and C", header, rows
+    )
 
 
 def _backtest(fit: FitResult) -> list[str]:

@@ -15,7 +15,7 @@ from analysis.decide.limits import NONE, Limits
 from analysis.decide.optimum import Search
 from analysis.show import decision, html, numbers, plots
 from analysis.show.evidence import evidence
-from analysis.show.style import DARK, LIGHT, Theme, png, save
+from analysis.show.style import darkened, drawn, png, save
 from scaling.errors import InputError
 from scaling.files import write_text
 from scaling.provenance import git_commit, versions
@@ -225,22 +225,22 @@ def _figures(
     """Every figure of the page by name, in both themes; the light one as PNG under out/plots."""
     actual = postmortem.actual if postmortem else None
     metrics = postmortem.metrics if postmortem else ()
-    draw: dict[str, tuple[str, Callable[[Theme], Figure]]] = {
+    draw: dict[str, tuple[str, Callable[[], Figure]]] = {
         "loss_against_compute": (
             "Every run, the best loss that the law says each budget can buy, and the interval beyond the largest run.",
-            lambda theme: plots.loss_against_compute(fit, runs, forecast, actual, theme, told.budget_flops),
+            lambda: plots.loss_against_compute(fit, runs, forecast, actual, budget_flops=told.budget_flops),
         ),
         "isoflop": (
             "At a fixed budget a small model wants for capacity and a large one for tokens: the minimum is the best size.",
-            lambda theme: plots.isoflop_curves(fit, runs, theme),
+            lambda: plots.isoflop_curves(fit, runs),
         ),
         "surface": (
             "The fitted loss over model size and training tokens; the line is the best way to grow.",
-            lambda theme: plots.surface(fit, runs, forecast, theme),
+            lambda: plots.surface(fit, runs, forecast),
         ),
         "residuals": (
             "How far each run lies from the law: a trend here would mean that the law bends.",
-            lambda theme: plots.residuals(fit, runs, forecast, actual, theme),
+            lambda: plots.residuals(fit, runs, forecast, actual),
         ),
     }
     if forecast:
@@ -253,7 +253,7 @@ def _figures(
             "loss_against_compute": draw.pop("loss_against_compute"),
             "forecast": (
                 f"{sentence}, and the intervals forecast before it started.",
-                lambda theme: plots.forecast_curve(forecast, metrics, theme),
+                lambda: plots.forecast_curve(forecast, metrics),
             ),
             **draw,
         }
@@ -266,14 +266,16 @@ def _figures(
         )
     figures = {}
     for name, (caption, plot) in draw.items():
-        path = save(plot(LIGHT), out / "plots" / f"{name}.png")
-        figures[name] = html.picture(path.read_bytes(), png(plot(DARK)), name.replace("_", " "), caption)
+        image = drawn(plot())
+        light, dark = png(image), png(darkened(image, has_areas=name == "surface"))
+        save(light, out / "plots" / f"{name}.png")
+        figures[name] = html.picture(light, dark, name.replace("_", " "), caption)
     return figures
 
 
 def _valley(
     fit: FitResult, runs: Runs, forecast: Forecast | None, told: _Told, best: Allocation
-) -> Callable[[Theme], Figure]:
+) -> Callable[[], Figure]:
     """The figure of the budget's valley, with the plan's shape, or else the forecast's."""
     search = Search(fit, flops_per_token_of(fit, runs.plan.family if runs.plan else None), told.limits)
     chosen = None
@@ -281,7 +283,7 @@ def _valley(
         chosen = told.plan.snapped.n_params, told.plan.snapped.loss
     elif forecast is not None:
         chosen = decision.counted(forecast), forecast.loss
-    return lambda theme: plots.allocation(search, best, runs.convention, chosen, theme)
+    return lambda: plots.allocation(search, best, runs.convention, chosen)
 
 
 def _law(fit: FitResult, postmortem: Outcome | None) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 PNG_DPI = 160
+_BLENDS = 17
+"""Shares of one colour over another that are told apart."""
 PARAMS_LABEL = {"total": "", "non_embedding": ", without embeddings", "body_head": ", body and head"}
 
 
@@ -81,19 +84,51 @@ LIGHT = Theme(
 DARK = Theme(background="#171c24", ink="#e4e8ee", faint="#2c3542", band="#56b4e9", actual="#ff8a3d", scale=(0.3, 1.0))
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file's content, of 256 colours: a third of the bytes, and no difference that an eye finds."""
-    drawn, content = BytesIO(), BytesIO()
-    figure.savefig(drawn, format="rgba", dpi=PNG_DPI)
-    size = tuple(round(inches * PNG_DPI) for inches in figure.get_size_inches())
-    image = Image.frombytes("RGBA", (size[0], size[1]), drawn.getvalue()).convert("RGB")
-    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(content, "png")
+def drawn(figure: Figure) -> Image.Image:
+    """The figure in 256 colours: a third of a true-colour PNG's bytes, and no difference that an eye finds."""
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    figure.set_dpi(PNG_DPI)
+    figure.canvas.draw()
+    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    return image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+
+
+def png(image: Image.Image) -> bytes:
+    """The content of its PNG file."""
+    content = BytesIO()
+    image.save(content, "png")
     return content.getvalue()
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG, atomically; returns `path`."""
-    content = png(figure)
+def darkened(image: Image.Image, has_areas: bool = False) -> Image.Image:
+    """A figure that was drawn in LIGHT as DARK has it: each colour of the palette by the nearest blend of two of LIGHT's.
+
+    Args:
+        has_areas: viridis is that of `Theme.shades`, not of `Theme.colours`.
+    """
+    light, dark = _blends(has_areas)
+    palette = np.array(image.getpalette(), float).reshape(-1, 3)
+    distance = (light**2).sum(1) - 2 * palette @ light.T
+    out = image.copy()
+    out.putpalette(dark[distance.argmin(1)].round().astype(np.uint8).tobytes())
+    return out
+
+
+@cache
+def _blends(has_areas: bool) -> tuple[Floats, Floats]:
+    """What a figure's pixels may be in LIGHT and in DARK: each colour over those that lie under others; (B, 3), 0 to 255."""
+    share = np.linspace(0, 1, _BLENDS)[:, None, None, None]
+    out = []
+    for theme in (LIGHT, DARK):
+        named = [theme.background, theme.ink, theme.faint, theme.band, theme.actual]
+        scale = (theme.shades if has_areas else theme.colours)(np.linspace(0, 1, 4 * _BLENDS))
+        colours = 255 * np.vstack([[to_rgba(colour) for colour in named], scale])[:, :3]
+        out.append((share * colours[:, None] + (1 - share) * colours[:4]).reshape(-1, 3))
+    return out[0], out[1]
+
+
+def save(content: bytes, path: Path) -> Path:
+    """Write a figure's PNG, atomically; returns `path`."""
     write_atomic(path, lambda file: file.write(content))
     return path
 

@@ -10,8 +10,8 @@ from analysis.decide.allocate import allocate, flops_per_token_of
 from analysis.decide.limits import NONE, Limits
 from analysis.decide.optimum import Search
 from analysis.inference import fit_law
-from analysis.show import numbers, plots
-from analysis.show.style import DARK, LIGHT, PNG_DPI, save
+from analysis.show import numbers, plots, style
+from analysis.show.style import DARK, LIGHT, PNG_DPI, png, save
 
 BUDGET = 1e13
 
@@ -143,12 +143,21 @@ def test_a_forecast_without_a_curve_shows_its_end(demo):
 def test_saved_figures_are_png_in_the_themes_colours(demo, drawn, tmp_path):
     paths = [tmp_path / "plots" / name for name in ("light.png", "dark.png")]
     for path, figure in zip(paths, (drawn["loss"], figures(demo, DARK)["loss"]), strict=True):
-        assert save(figure, path).stat().st_size < 1e5
+        assert save(png(style.drawn(figure)), path).stat().st_size < 1e5
     light, dark = (Image.open(path).convert("RGB") for path in paths)
     assert light.size == (6 * PNG_DPI, round(4.6 * PNG_DPI))
     assert light.getpixel((2, 2)) == (255, 255, 255)
     assert dark.getpixel((2, 2)) == (0x17, 0x1C, 0x24)
     assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["dark.png", "light.png"]
+
+
+def test_the_dark_palette_gives_what_drawing_in_the_dark_theme_gives(demo, drawn):
+    for name, figure in figures(demo, DARK).items():
+        derived = style.darkened(style.drawn(drawn[name]), has_areas=name == "surface")
+        pixels = [np.asarray(image.convert("RGB"), float) for image in (derived, style.drawn(figure))]
+        off = np.abs(pixels[0] - pixels[1]).max(-1)
+        assert off.mean() < 3, name
+        assert (off > 48).mean() < 0.006, name
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ import pytest
 from analysis.decide.allocate import allocate
 from analysis.decide.answer import answer
 from analysis.decide.cluster import make_plan
+from analysis.decide.forecast import make_forecast
 from analysis.decide.limits import Limits
 from analysis.decide.outcome import check
 from analysis.inference import fit_law
+from analysis.laws import PUBLISHED
 from analysis.postmortem import refit
 from analysis.runs import load_runs
 from analysis.show import numbers
@@ -114,6 +116,26 @@ def test_it_opens_with_forecast_actual_error_and_verdict(report, demo):
     ]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
+
+
+def test_every_published_law_says_its_answer_to_the_budget(report, demo):
+    text, _ = read(report)
+    table = text[text.index("What published laws say of this budget") : text.index("Backtest: ")]
+    for law in PUBLISHED:
+        n, d, loss = law.allocate(demo.forecast.target_flops)
+        row = f"{law.name} {law.n_exponent:.3f} {numbers.si(n)} {numbers.si(d)} {numbers.si(d / n)} "
+        assert row + ("–" if loss is None else f"{loss:.3f}") + " arXiv " in table
+
+
+def test_limits_are_shown_with_their_values(demo, tmp_path):
+    limits = Limits(max_params=6e4, max_params_source="--max-params", unique_tokens=1e6, max_epochs=8)
+    forecast = make_forecast(demo.fit, demo.runs, demo.forecast.target_flops, limits=limits)
+    text, _ = read(write_report(tmp_path, demo.fit, demo.runs, forecast))
+    assert (
+        text.count("--max-params (N at most 6e+04); --unique-tokens (1e+06); --max-epochs (8)") == 2
+    )  # allocation, run
+    assert "without them" in text
+    assert f"{forecast.loss:.4f} nats per token" in text
 
 
 def test_the_first_sentence_says_what_to_train_what_it_reaches_and_what_came(report, demo):
