@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from scaling.spec import RunSpec
 from scaling.sweepdir import RunDir
@@ -100,3 +103,39 @@ def test_a_refusal_is_one_line(make_spec: Callable[..., RunSpec], tmp_path: Path
     assert process.returncode == 2
     assert len(errors.splitlines()) == 1
     assert "is of 4 ranks, there are 2" in errors
+
+
+def test_ranks_of_other_code_or_libraries_are_one_error(make_spec: Callable[..., RunSpec], tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create(make_spec())
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import torch\ntorch.__version__ = '2.12.1+other'\n")
+    for package in ("scaling", "train", "conf"):
+        shutil.copytree(ROOT / package, tmp_path / "clone" / package)
+    with open(tmp_path / "clone" / "train" / "model" / "layers.py", "a") as file:
+        file.write("# a change that was not committed\n")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    own: list[tuple[Path, dict[str, str]]] = [
+        (ROOT, {}),
+        (ROOT, {"PYTHONPATH": str(tmp_path / "site")}),
+        (tmp_path / "clone", {}),
+    ]
+    common = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "train.run", str(run.path)],
+            cwd=folder,
+            env={**os.environ, **common, "RANK": str(rank), **variables},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, (folder, variables) in enumerate(own)
+    ]
+    errors = [process.communicate(timeout=PATIENCE_S)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2, 2], errors
+    assert len(errors[0].splitlines()) == 1
+    assert errors[1:] == ["", ""]
+    assert f"rank 1 on {socket.gethostname()} has torch 2.12.1+other (rank 0: {torch.__version__})" in errors[0]
+    assert f"rank 2 on {socket.gethostname()} has isoflop " in errors[0]
+    assert run.record() is None

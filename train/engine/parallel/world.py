@@ -25,11 +25,12 @@ from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from scaling.errors import InputError
-from scaling.provenance import versions
+from scaling.provenance import code_digest, git_commit, versions
 from scaling.ranks import find_place
 
 T = TypeVar("T")
@@ -38,6 +39,8 @@ START_TIMEOUT_S = 900.0
 """For the ranks to find each other, and for the first step: compilation, a cold file system."""
 REPORT_S = 5.0
 """How long rank 0 waits for the reason of a rank that broke off."""
+MOST_NAMED = 4
+"""Differences between ranks' versions that are told one by one."""
 SIOCGIFADDR = 0x8915
 ERROR_KEY, ENDED_KEY = "isoflop/error", "isoflop/ended"
 
@@ -164,12 +167,30 @@ def join(world: World, device: str) -> None:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise InputError(f"rank {world.rank} of {world.size} cannot meet the others at {where}: {error}") from None
-    mine = versions("torch", "numpy", "tokenizers", "isoflop")
-    for rank, theirs in enumerate(world.collect(mine)):
-        differ = [f"{name} {theirs.get(name)} (rank 0: {mine.get(name)})" for name in mine | theirs
-                  if theirs.get(name) != mine.get(name)]  # fmt: skip
-        if differ and world.leads:
-            raise InputError(f"rank {rank} has {', '.join(differ)}: all ranks need the same versions")
+    _check_versions(world)
+
+
+def _check_versions(world: World) -> None:
+    """Raise InputError on every rank where one runs other code than rank 0: what was loaded counts, not what is installed."""
+    mine = {**versions("tokenizers"), "torch": torch.__version__, "numpy": np.__version__, "isoflop": code_digest()}
+    found = world.collect((socket.gethostname(), mine))
+    _, first = found[0]
+    if all(theirs == first for _, theirs in found):
+        return
+    commits = world.collect(git_commit())
+    differ = []
+    for rank, (host, theirs) in enumerate(found):
+        for name in sorted(first.keys() | theirs.keys()):
+            if theirs.get(name) != first.get(name):
+                here, there = (f"{v.get(name)}" for v in (theirs, first))
+                if name == "isoflop":
+                    here, there = f"{here} of commit {commits[rank]}", f"{there} of commit {commits[0]}"
+                differ.append(f"rank {rank} on {host} has {name} {here} (rank 0: {there})")
+    more = f" and {len(differ) - MOST_NAMED} more" if len(differ) > MOST_NAMED else ""
+    raise InputError(
+        f"{'; '.join(differ[:MOST_NAMED])}{more}: all ranks need the same versions; start them from one environment and one "
+        "checkout that every node sees"
+    )
 
 
 def leave() -> None:
