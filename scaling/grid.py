@@ -192,6 +192,7 @@ def make_run(
         precision=precision,
         divergence_factor=divergence_factor,
         batch_ramp=hyper.batch_ramp,
+        transfer=recipe.transfer_from(family),
     )
 
 

@@ -17,8 +17,9 @@ from scaling.accounting import ParamCount, ParamsConvention
 from scaling.config import from_dict, to_dict
 from scaling.errors import InputError
 from scaling.files import read_json
-from scaling.shape import ModelShape
+from scaling.shape import ModelShape, ShapeFamily
 from scaling.spec import BatchStage
+from scaling.transfer import Transfer
 
 RuleName = Literal["steplaw", "porian", "deepseek", "measured", "fixed"]
 
@@ -126,6 +127,12 @@ class Recipe:
     batch_ramp: tuple[tuple[float, float], ...] | None = field(default=None, metadata={"absent": None})
     """Stages at the start of a run, each as its share of the run's tokens and its batch over the full one:
     [[.05, .25], [.05, .5]]: a quarter of the batch over the first 5%, half over the next 5%. None: one batch throughout."""
+    transfer: Literal["none", "mup", "completep"] = field(default="none", metadata={"absent": "none"})
+    """mup, completep: peak_lr, weight decay and initial weights are a base shape's, and scaled from there (scaling.transfer)."""
+    base_width: int | None = field(default=None, metadata={"absent": None})
+    """With a transfer: the width that peak_lr was tuned at."""
+    base_depth: int | None = field(default=None, metadata={"absent": None})
+    """With a transfer: its depth; None: the family's at base_width."""
 
     def __post_init__(self) -> None:
         for name in ("lr_multiplier", "batch_multiplier", "min_steps"):
@@ -145,6 +152,13 @@ class Recipe:
                     f"recipe.batch_ramp: stage [{share:g}, {batch:g}]: the share of the tokens and that of the batch must be "
                     "between 0 and 1, as in [[0.05, 0.25], [0.05, 0.5]]"
                 )
+        if self.transfer == "none" and (self.base_width, self.base_depth) != (None, None):
+            raise InputError("recipe.base_width and base_depth go with recipe.transfer=mup or completep")
+        if self.transfer != "none" and (self.base_width is None or self.peak_lr is None):
+            raise InputError(
+                f"recipe.transfer={self.transfer} scales a base shape's hyperparameters: give recipe.base_width=WIDTH and "
+                "recipe.peak_lr=RATE tuned there, as a rule that scales with N would scale it twice"
+            )
         if self.name == "measured" and self.law is None:
             raise InputError(
                 "recipe=measured needs its law: give recipe.path=FILE, written by python -m analysis.recipe"
@@ -195,6 +209,22 @@ class Recipe:
             note=rule.extrapolation(size, tokens),
             batch_ramp=self._stages(tokens, batch, shape.seq_len),
         )
+
+    def transfer_from(self, family: ShapeFamily) -> Transfer | None:
+        """The transfer from the base shape; None: there is none.
+
+        Raises:
+            InputError: completep in a family of one depth, without the depth that the base has.
+        """
+        if self.transfer == "none":
+            return None
+        assert self.base_width is not None, "checked when it was made"
+        if self.transfer == "completep" and self.base_depth is None and family.depth is not None:
+            raise InputError(
+                "recipe.transfer=completep: model.depth says this run's depth: give recipe.base_depth=DEPTH"
+            )
+        base = family.shape(self.base_width)
+        return Transfer(self.transfer, base.width, self.base_depth or base.depth, base.dim_per_head)
 
     def _stages(self, tokens: float, batch_tokens: int, seq_len: int) -> tuple[BatchStage, ...]:
         """batch_ramp in tokens: whole sequences and whole steps, at least one of each."""

@@ -16,6 +16,7 @@ from scaling.config import canonical_json, from_dict, identity_dict, to_dict
 from scaling.errors import InputError
 from scaling.mixture import Mixture, parse_sources
 from scaling.shape import ModelShape
+from scaling.transfer import Multipliers, Transfer
 
 CODE_CONTRACT = 1
 """Raised when a change of the code changes what a given RunSpec trains to."""
@@ -230,6 +231,8 @@ class RunSpec:
     """What happens at a loss spike; None: the run goes on through it."""
     batch_ramp: tuple[BatchStage, ...] = field(default=(), metadata={"absent": ()})
     """Stages of smaller batches before batch_tokens; which text a step reads depends on the tokens before it alone."""
+    transfer: Transfer | None = field(default=None, metadata={"absent": None})
+    """The base shape that optim's hyperparameters are of; None: they are this shape's own."""
     contract: int = CODE_CONTRACT
 
     def __post_init__(self) -> None:
@@ -307,6 +310,11 @@ class RunSpec:
     def trained_tokens(self) -> int:
         """Tokens that this run itself reads: a branch those after its branch point, another run all."""
         return self.tokens - (self.parent_step or 0) * self.batch_tokens
+
+    @property
+    def multipliers(self) -> Multipliers:
+        """What the transfer makes of the hyperparameters; all 1 without one."""
+        return Multipliers() if self.transfer is None else self.transfer.multipliers(self.shape)
 
     @property
     def params(self) -> ParamCount:

@@ -17,7 +17,7 @@ from scaling.sweepdir import RunDir
 from train.data.shards import Corpus
 from train.data.tokenizer import EOS
 from train.engine import checkpoint
-from train.model.decoder import Decoder
+from train.model.decoder import Decoder, folded
 from train.model.huggingface import shape_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def load_run(folder: Path) -> Trained:
     elif step < spec.steps:
         print(f"run {spec.run_id} is not finished: step {step} of {spec.steps}", file=sys.stderr)
     name = f"{spec.run_id} step {step}"
-    return Trained(name, spec.shape, spec.precision, state["model"], tokenizer.read_text(encoding="utf-8"), (EOS,))
+    weights = folded(state["model"], spec.multipliers)
+    return Trained(name, spec.shape, spec.precision, weights, tokenizer.read_text(encoding="utf-8"), (EOS,))
 
 
 def load_huggingface(folder: Path) -> Trained:

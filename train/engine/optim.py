@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from scaling.spec import OptimSpec
+from scaling.transfer import Multipliers
 from train.engine.muon import Muon, by_shape
+from train.model.decoder import UNSCALED
 from train.model.precision import compute_dtype
 
 if TYPE_CHECKING:
@@ -61,26 +64,32 @@ class Optimizers:
 
     Args:
         mesh: where the parameters are sharded; None: they are whole.
+        multipliers: of a run whose hyperparameters are another shape's.
     """
 
-    def __init__(self, model: Parameters, spec: OptimSpec, precision: str, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        model: Parameters,
+        spec: OptimSpec,
+        precision: str,
+        mesh: Mesh | None = None,
+        multipliers: Multipliers = UNSCALED,
+    ) -> None:
         self.spec = spec
         layers, head, rest = parameter_groups(model)
         muon = spec.name == "muon"
         decay, ratio = spec.weight_decay, spec.adamw_lr_ratio if muon else 1.0
         self._named = head + ([] if muon else layers) + rest
-        groups = [
-            {"params": [p for _, p in head + ([] if muon else layers)], "weight_decay": decay},
-            {"params": [p for _, p in rest], "weight_decay": 0.0},
-        ]
-        self.adamw_ratio = ratio
+        groups, self._lr_factors = self._groups(head, [] if muon else layers, rest, multipliers)
+        self.adamw_ratio, self.muon_factor = ratio, multipliers.muon_lr
+        decay /= multipliers.muon_lr
         self.mesh = mesh
         self.measures = False
         """Whether the next step's updates are measured, for `update_ratios`."""
         self._squares: Tensor | None = None
         self._group = {p: GROUPS.index(group_of(name, p)) for name, p in (*head, *layers, *rest)}
         self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            groups,
             lr=spec.peak_lr,
             betas=(spec.beta1, spec.beta2),
             eps=spec.eps,
@@ -95,18 +104,33 @@ class Optimizers:
 
             self.muon = ShardedMuon(layers, spec.momentum, decay, compute_dtype(precision), mesh)
 
+    def _groups(
+        self, head: Named, layers: Named, rest: Named, by: Multipliers
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """AdamW's groups in the order of head + layers + rest, and the factor of each group's learning rate."""
+        decay, eps = self.spec.weight_decay, self.spec.eps
+        parts: list[tuple[Named, float, float, float]] = [(head + layers, decay, 1.0, eps), (rest, 0.0, 1.0, eps)]
+        if by != UNSCALED:
+            runs = groupby(rest, key=lambda named: ".layers." in named[0])
+            others = [(list(run), 0.0, 1.0, eps * (by.layer_eps if inside else by.eps)) for inside, run in runs]
+            parts = [(head, decay, 1.0, eps * by.eps), (layers, decay / by.adamw_lr, by.adamw_lr, eps * by.layer_eps)]
+            parts += others
+        parts = [part for part in parts if part[0]]
+        groups = [{"params": [p for _, p in named], "weight_decay": wd, "eps": e} for named, wd, _, e in parts]
+        return groups, [factor for _, _, factor, _ in parts]
+
     def step(self, lr_factor: float) -> None:
         """One update at lr_factor × peak_lr; gradients are cleared."""
         lr = self.spec.peak_lr * lr_factor
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * self.adamw_ratio
+        for group, factor in zip(self.adamw.param_groups, self._lr_factors, strict=True):
+            group["lr"] = lr * self.adamw_ratio * factor
         self.adamw.step()
         self._squares = None
         if self.measures:
             self._squares = torch.zeros(2, len(GROUPS), dtype=torch.float64, device=next(iter(self._group)).device)
         if self.muon is not None:
             of_layers = None if self._squares is None else self._squares[0, GROUPS.index("layers")]
-            self.muon.step(lr, of_layers)
+            self.muon.step(lr * self.muon_factor, of_layers)
         self.clear_gradients()
         if self._squares is not None:
             self._measure(self._squares)

@@ -28,8 +28,9 @@ T = TypeVar("T")
 
 
 def stack_key(spec: RunSpec) -> tuple[object, ...] | None:
-    """Runs of one key can be stacked; None: this run cannot be (experts choose their own products, ramps their own batches)."""
-    if spec.shape.experts or spec.batch_ramp:
+    """Runs of one key can be stacked; None: this run cannot be (experts choose their own products, ramps their own
+    batches, a transfer its own multipliers)."""
+    if spec.shape.experts or spec.batch_ramp or spec.transfer is not None:
         return None
     return spec.shape, spec.batch_tokens, spec.precision, spec.optim.z_loss, spec.data.document_mask
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling.shape import ModelShape
+from scaling.transfer import Multipliers
 from train.model.attention import Context, attend, document_mask
 from train.model.cache import KVCache, LayerCache
 from train.model.experts import SparseMLP, routers
@@ -23,6 +24,8 @@ from train.model.layers import MLP, Linear, RMSNorm
 from train.model.loss import linear_cross_entropy
 from train.model.precision import compute_dtype
 
+UNSCALED = Multipliers()
+RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 EMBEDDING_STD = 0.1
 """Initial standard deviation of the embedding; chosen by measurement (docs/log.md)."""
 
@@ -44,9 +47,9 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions and optional RMSNorm on each head's query and key."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, multipliers: Multipliers = UNSCALED) -> None:
         super().__init__()
-        self.head_dim = shape.dim_per_head
+        self.head_dim, self.scale = shape.dim_per_head, multipliers.scores
         query, kv = shape.n_heads * self.head_dim, shape.kv_heads * self.head_dim
         self.q_proj = Linear(shape.width, query)
         self.k_proj = Linear(shape.width, kv)
@@ -69,18 +72,21 @@ class Attention(nn.Module):
         q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(heads)), cos, sin)
         k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(heads)), cos, sin)
         v_BTGK = self.v_proj(x_BTD).view(heads)
+        if self.scale != 1.0:
+            q_BTHK = q_BTHK * self.scale
         if cache is not None:
             k_BTGK, v_BTGK = cache.extend(k_BTGK, v_BTGK)
         return self.o_proj(attend(q_BTHK, k_BTGK, v_BTGK, self.context, mask_B1TT).flatten(2))
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with a transfer each addend times its branch multiplier."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, multipliers: Multipliers = UNSCALED) -> None:
         super().__init__()
+        self.branch = multipliers.branch
         self.input_layernorm = RMSNorm(shape.width)
-        self.self_attn = Attention(shape)
+        self.self_attn = Attention(shape, multipliers)
         self.post_attention_layernorm = RMSNorm(shape.width)
         self.mlp = SparseMLP(shape) if shape.experts else MLP(shape.width, shape.d_ff)
 
@@ -92,18 +98,21 @@ class Layer(nn.Module):
         cache: LayerCache | None = None,
         mask_B1TT: Tensor | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache, mask_B1TT)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        x_BTD = x_BTD + self._scaled(self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache, mask_B1TT))
+        return x_BTD + self._scaled(self.mlp(self.post_attention_layernorm(x_BTD)))
+
+    def _scaled(self, addend_BTD: Tensor) -> Tensor:
+        return addend_BTD if self.branch == 1.0 else addend_BTD * self.branch
 
 
 class Stack(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, multipliers: Multipliers = UNSCALED) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.depth))
-        self.norm = RMSNorm(shape.width)
+        self.layers = nn.ModuleList(Layer(shape, multipliers) for _ in range(shape.depth))
+        self.norm = RMSNorm(shape.width, multipliers.logits)
 
 
 class Decoder(nn.Module):
@@ -113,16 +122,17 @@ class Decoder(nn.Module):
         shape: the model.
         precision: fp32 | bf16 | fp8: what the matrix products and the residual stream compute in. Master weights, norms,
             softmax and loss are fp32 under all; fp8 is bf16 until `use_fp8` changes the layers.
+        multipliers: of a run whose hyperparameters are another shape's.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, shape: ModelShape, precision: str = "fp32") -> None:
+    def __init__(self, shape: ModelShape, precision: str = "fp32", multipliers: Multipliers = UNSCALED) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.multipliers = shape, multipliers
         self.dtype = compute_dtype(precision)
-        self.model = Stack(shape)
+        self.model = Stack(shape, multipliers)
         self.lm_head = Linear(shape.width, shape.vocab_size)
         if shape.tied_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -189,16 +199,34 @@ class Decoder(nn.Module):
         for router in routers(self):
             router.bias_E.zero_()
         for name, parameter in self.named_parameters():
-            parameter.copy_(initial_weight(name, parameter.shape, self.shape, seed))
+            parameter.copy_(initial_weight(name, parameter.shape, self.shape, seed, self.multipliers))
 
 
-def initial_weight(name: str, size: Sequence[int], shape: ModelShape, seed: int) -> Tensor:
+def initial_weight(
+    name: str, size: Sequence[int], shape: ModelShape, seed: int, multipliers: Multipliers = UNSCALED
+) -> Tensor:
     """What `Decoder.initialise` fills the parameter of this name with, on the CPU."""
     if len(size) == 1:
         return torch.ones(size)
     std = EMBEDDING_STD if "embed_tokens" in name else size[1] ** -0.5
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        std /= math.sqrt(2 * shape.depth)
+    if name == "lm_head.weight":
+        std *= multipliers.head_init
+    if name.endswith(RESIDUAL_OUTPUTS):
+        std *= multipliers.branch_init / math.sqrt(2 * shape.depth)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.randn(size, generator=generator) * std
+
+
+def folded(weights: Mapping[str, Tensor], multipliers: Multipliers) -> dict[str, Tensor]:
+    """Weights that give without multipliers what these give with them; without them the same tensors."""
+
+    def factor(name: str) -> float:
+        if name == "model.norm.weight":
+            return multipliers.logits
+        if name.endswith(RESIDUAL_OUTPUTS):
+            return multipliers.branch
+        reads = "q_norm.weight" if any("q_norm" in other for other in weights) else "q_proj.weight"
+        return multipliers.scores if name.endswith(reads) else 1.0
+
+    return {name: weight if factor(name) == 1.0 else weight * factor(name) for name, weight in weights.items()}

@@ -24,12 +24,15 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + ε) · gain over the last axis, computed in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
+        self.scale = scale
+        """Of its output, beside the gain."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, local(self.weight), NORM_EPS).to(x.dtype)
+        normed = F.rms_norm(x.float(), self.weight.shape, local(self.weight), NORM_EPS).to(x.dtype)
+        return normed if self.scale == 1.0 else normed * self.scale
 
 
 class MLP(nn.Module):
