@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import threading
 import time
@@ -121,7 +122,8 @@ class Workers:
         until = time.monotonic() + limit_s
         results: dict[Any, Any] = {}
         for end in self._ends:
-            end.send((name, args))
+            with contextlib.suppress(OSError):  # dead: said where it should answer
+                end.send((name, args))
         reason, is_sound = None, False
         while reason is None and len(results) < len(self._ends):
             ready = wait([end for end in self._ends if end not in results], max(0.0, until - time.monotonic()))

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -30,11 +32,23 @@ def bench(*args: str, cache: Path | None = None) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="module")
-def measure_module() -> ModuleType:
-    """bench/gpu_measure.py, which is in no package."""
+def on_path() -> Iterator[None]:
+    """bench/ is in no package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "bench"))
-        return importlib.import_module("gpu_measure")
+        yield
+
+
+@pytest.fixture(scope="module")
+def measure_module(on_path: None) -> ModuleType:
+    """bench/gpu_measure.py."""
+    return importlib.import_module("gpu_measure")
+
+
+@pytest.fixture(scope="module")
+def rows_module(on_path: None) -> ModuleType:
+    """bench/gpu_rows.py."""
+    return importlib.import_module("gpu_rows")
 
 
 def test_every_row_has_a_figure_or_says_why_not() -> None:
@@ -111,6 +125,25 @@ def test_kernel_families(measure_module: ModuleType) -> None:
         expected[family] = expected.get(family, 0.0) + 5e-6
     assert split == pytest.approx(expected)
     assert busy == pytest.approx(40 / 75)
+
+
+def test_a_row_that_dies_or_hangs_is_said(rows_module: ModuleType) -> None:
+    def workers() -> Any:
+        made = rows_module.Workers(1, "cpu")
+        (process,) = made._processes
+        return made, process
+
+    dying, process = workers()
+    process.kill()
+    process.join()
+    with pytest.raises(rows_module.RowError, match="its process died"):
+        dying.call("name", limit_s=60.0)
+    hanging, process = workers()
+    with pytest.raises(rows_module.RowError, match="took longer than 0 s"):
+        hanging.call("name", limit_s=0.01)
+    assert not dying.alive
+    assert not hanging.alive
+    assert not process.is_alive()
 
 
 @pytest.mark.slow
