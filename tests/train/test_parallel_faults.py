@@ -92,7 +92,12 @@ def test_hung_killed_and_stopped_ranks(make_spec: Callable[..., RunSpec], tmp_pa
     record = train(spec, run)  # one process
     assert record.loss == pytest.approx(alone.loss, abs=2e-4)  # rounding of three layouts, grown over 400 steps
     assert record.attempts == 4
-    assert [row["step"] for row in run.metrics()] == list(range(1, 401))
+    rows = list(run.metrics())
+    assert [row["step"] for row in rows] == list(range(1, 401))
+    together = [row for row in rows if "comm_wait_s" in row]
+    assert together[0] is rows[0]
+    assert rows[-1] not in together
+    assert all(0 < row["comm_wait_s"] < spec.batch_tokens / row["tokens_per_s"] for row in together)
 
 
 def test_a_refusal_is_one_line(make_spec: Callable[..., RunSpec], tmp_path: Path) -> None:

@@ -165,7 +165,10 @@ def _steps(
     with contextlib.closing(batches), bar:
         for inputs_BT, targets_BT, waited_s in timed:
             start = time.monotonic()
+            if world is not None:
+                world.take_wait()
             row: dict[str, Any] = trainer.step(inputs_BT, targets_BT)
+            comm_wait_s = None if world is None else world.take_wait()
             progress = trainer.progress
             step_s = time.monotonic() - start + waited_s
             step_tokens = spec.tokens_in(progress.step) - spec.tokens_in(progress.step - 1)
@@ -182,6 +185,8 @@ def _steps(
                 continue
             trainer.watch_loss(row["train_loss"])
             row |= {"tokens_per_s": round(step_tokens / step_s, 1), "data_wait_s": round(waited_s, 6)}
+            if comm_wait_s is not None:
+                row["comm_wait_s"] = round(comm_wait_s, 6)
             if trainer.is_evaluation_step():
                 val_loss = trainer.evaluate()
                 row["val_loss"] = val_loss
