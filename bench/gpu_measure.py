@@ -63,6 +63,14 @@ def random_corpus(shape: ModelShape, n_tokens: int) -> Corpus:
     return Corpus(Path(), manifest, tokens, tokens, ends, ends)
 
 
+def free(device: torch.device) -> None:
+    """Give back the memory of what is no longer used, compiled code too."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def measure(job: Job, device: str, meet: Callable[[], object]) -> Measured:
     """Time a job's steps in this process.
 
@@ -70,6 +78,7 @@ def measure(job: Job, device: str, meet: Callable[[], object]) -> Measured:
         meet: waits until every process of the job is there.
     """
     where = torch.device(device)
+    free(where)  # what a row that failed still held
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     corpus = random_corpus(job.shape, max(8 * job.batch_tokens, 4 * job.shape.seq_len))
@@ -78,10 +87,7 @@ def measure(job: Job, device: str, meet: Callable[[], object]) -> Measured:
         peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
         return dataclasses.replace(found, peak_bytes=peak)
     finally:
-        torch.compiler.reset()
-        gc.collect()
-        if where.type == "cuda":
-            torch.cuda.empty_cache()
+        free(where)
 
 
 def _drive(trainer: Trainer, steps: int) -> None:
