@@ -28,6 +28,8 @@ from scaling.spec import RollbackSpec, RunSpec
 from scaling.sweepdir import RunDir, SweepDir, check_writable, default_cache
 from scaling.text import readable_time
 
+HASHED_BYTES = 16 << 30
+"""Of tokens that are read through before a run's first step: some 20 s at 1 GB/s."""
 HELP = """\
 usage: python -m train.flagship forecast=PATH [SETTING=VALUE …]
 
@@ -261,11 +263,12 @@ def _claim_folder(settings: FlagshipSettings, run: RunDir, path: Path) -> RunSpe
     """Leave a copy of the sealed forecast in the run's folder. Returns what to train there.
 
     Raises:
-        InputError: the seal is broken, the forecast refused, or the folder another run's.
+        InputError: the seal is broken, the forecast refused, the corpus not the sweep's, or the folder another run's.
     """
     forecast = Forecast.read(path)
     _check(settings, forecast)
     spec = dataclasses.replace(forecast.spec, rollback=RollbackSpec()) if settings.rollback else forecast.spec
+    _check_corpus(spec, is_first_start=not run.spec_json.exists())
     check_writable(run.path)
     if run.spec_json.exists() and run.spec().run_id != spec.run_id:
         raise InputError(
@@ -276,6 +279,34 @@ def _claim_folder(settings: FlagshipSettings, run: RunDir, path: Path) -> RunSpe
         shutil.copyfile(path, copy)
     run.create(spec)  # the watch asks for it
     return spec
+
+
+def _check_corpus(spec: RunSpec, is_first_start: bool) -> None:
+    """Refuse another text or tokenizer than the sweep's: the forecast holds for losses on those alone.
+
+    Args:
+        is_first_start: read the corpus through, up to HASHED_BYTES, for files that were changed in place.
+    Raises:
+        InputError: the sweep's corpus is not here, or its files are not what its digest says.
+    """
+    from train.data.shards import Corpus, corpora_named, digest_of
+
+    digest, name = str(spec.data.digest), f"data={spec.data.name}"
+    folder = default_cache() / "data" / digest
+    if not (folder / "manifest.json").exists():
+        here = [f"{other.digest} of {other.vocab_size:,} tokens" for other in corpora_named(spec.data.name)]
+        raise InputError(
+            f"the sweep was trained on corpus {digest} ({name}, a vocabulary of {spec.shape.vocab_size:,}), which is not in "
+            f"{folder.parent} ({name} there: {', '.join(here) or 'none'}): its law says nothing of another text or "
+            f"tokenizer; copy that folder from where the sweep was trained, or sweep again on the text of this machine"
+        )
+    corpus = Corpus.open(digest)
+    small = corpus.train.nbytes + corpus.validation.nbytes <= HASHED_BYTES
+    if is_first_start and small and (found := digest_of(corpus.folder, corpus.manifest.sources)) != digest:
+        raise InputError(
+            f"{corpus.folder} was changed: its tokenizer and tokens have the digest {found}, the sweep was trained on {digest}; "
+            "delete that folder and prepare it again, or copy it from where the sweep was trained"
+        )
 
 
 if __name__ == "__main__":

@@ -182,6 +182,11 @@ def test_a_target_under_a_cap_costs_more(hoffmann: tuple[FitResult, Runs]) -> No
         (lambda: Limits(max_epochs=2), ("--max-epochs", "--unique-tokens")),
         (lambda: Limits(unique_tokens=-1), ("--unique-tokens",)),
         (lambda: options("--usd", "-3"), ("--usd",)),
+        (lambda: options("--max-active-params", "0"), ("--max-active-params",)),
+        (
+            lambda: questions.money(options("--usd", "9", "--device", "mi300x")),
+            ("four numbers", "TFLOPS,GB,WATTS,USD"),
+        ),
         (lambda: options("--usd", "1e6", "--usd-per-hour", "0"), ("--usd-per-hour",)),
         (lambda: options("--usd", "1e6", "--budget", "1e20"), ("--usd", "--budget")),
         (lambda: options("--mfu", "1.2"), ("--mfu",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -95,6 +96,16 @@ def test_shape_is_laid_out_and_priced(capsys: pytest.CaptureFixture[str]) -> Non
     assert got["days"] == pytest.approx(steps * got["step_time_s"] / got["goodput"] / 86400)
     for name, (low, high) in got["ranges"].items():
         assert low < got[name] < high
+
+
+def test_the_plan_says_that_llama_3_fits_in_80_gb(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--shape", "llama3-405b", "--tokens", "15.6e12", "--devices", "16384"]
+    main([*args, "--layout", "tensor=8,pipeline=16,context=1"])
+    text = capsys.readouterr().out
+    said = re.search(r"^memory +([\d.]+) of 80 GB$", text, re.M)
+    assert said is not None
+    assert 60 < float(said[1]) < 75.2
+    assert "data 128, tensor 8, pipeline 16, context 1" in text
 
 
 def test_explain_names_every_constant_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:

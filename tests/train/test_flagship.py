@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import pytest
 from scaling.errors import InputError
 from scaling.grid import make_run
 from scaling.recipe import recipe_from_dict
-from scaling.records import Channel, CurvePoint, Forecast
+from scaling.records import Channel, CurvePoint, DataManifest, Forecast
 from scaling.shape import ShapeFamily
 from scaling.spec import DataSpec, EvalSpec, OptimSpec, RunSpec, ScheduleSpec
 from scaling.sweepdir import RunDir
@@ -92,6 +94,34 @@ def test_the_limits_of_a_forecast_are_sealed_and_kept_by_the_run(
     path.write_text(json.dumps(sealed))
     with pytest.raises(InputError, match="changed after it was sealed"):
         main([f"forecast={path}", "dry_run=true"])
+
+
+def test_another_text_than_the_sweeps_is_refused(
+    make_spec: Callable[..., RunSpec], tmp_path: Path, corpus_cache: Path, manifest: DataManifest
+) -> None:
+    spec = make_spec(steps=12)
+    path = write_forecast(tmp_path, 20.0, spec.with_digest("0123456789abcdef"))
+    there = re.escape(f"data=text there: {manifest.digest} of 300 tokens")
+    with pytest.raises(InputError, match=rf"trained on corpus 0123456789abcdef .*a vocabulary of 300.*{there}"):
+        main([f"forecast={path}"])
+    assert not (tmp_path / "flagship").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "train.bin"])
+def test_a_tokenizer_or_text_that_was_changed_in_place_is_refused(
+    make_spec: Callable[..., RunSpec], tmp_path: Path, corpus_cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    spec = make_spec(steps=12)
+    monkeypatch.setenv("ISOFLOP_CACHE", str(tmp_path / "cache"))
+    copy = shutil.copytree(
+        corpus_cache / "data" / str(spec.data.digest), tmp_path / "cache/data" / str(spec.data.digest)
+    )
+    content = bytearray((copy / name).read_bytes())
+    content[-4] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"was changed: its tokenizer and tokens.*trained on {spec.data.digest}"):
+        main([f"forecast={write_forecast(tmp_path, 20.0, spec)}"])
+    assert not (tmp_path / "flagship").exists()
 
 
 def test_a_watch_needs_a_path_to_watch(tmp_path: Path) -> None:

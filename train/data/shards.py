@@ -200,7 +200,7 @@ def _build(name: str, sources: Sequence[Source], vocab_size: int, folder: Path, 
     )
     manifest = DataManifest(
         name=name,
-        digest=_digest(folder, of_sources),
+        digest=digest_of(folder, of_sources),
         vocab_size=vocab_size,
         train_tokens=sum(counts["train"]),
         validation_tokens=sum(counts["validation"]),
@@ -269,14 +269,20 @@ def _write_shard(
     return counts
 
 
-def _digest(folder: Path, sources: Sequence[SourceManifest]) -> str:
-    """Of the tokens, and of which are whose where there are several sources."""
+def digest_of(folder: Path, sources: Sequence[SourceManifest]) -> str:
+    """Of tokenizer and tokens, and of which are whose where there are several sources."""
     digest = hashlib.sha256(canonical_json(to_dict(sources)).encode() if sources else b"")
     for name in DIGEST_FILES:
         with open(folder / name, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def corpora_named(name: str, cache: Path | None = None) -> list[DataManifest]:
+    """The corpora of a name that are prepared on this machine."""
+    manifests = map(DataManifest.read, sorted(_data_folder(cache).glob("*/manifest.json")))
+    return [manifest for manifest in manifests if manifest.name == name]
 
 
 def _data_folder(cache: Path | None) -> Path:
