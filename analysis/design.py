@@ -15,7 +15,7 @@ from analysis.decide.design import (
     Candidates,
     Design,
     aim,
-    choose_runs,
+    choose_largest,
     family_candidates,
     recentred_widths,
 )
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget-hours", type=float, metavar="H", help="device hours to plan for, instead")
     add("--device", default="cpu", help="whose hours (default cpu: of one core)")
     add("--spend", type=float, metavar="F|H", help="write the cheapest runs of the plan for this much (default: all)")
-    add("--largest", type=float, metavar="C", help="FLOPs of the largest run (default: a quarter of the budget)")
+    add("--largest", type=float, metavar="C", help="FLOPs that the largest run may have (default: a quarter of the budget); half where as good")
     add("--recentre", type=float, metavar="C", help="instead: an IsoFLOP budget, its sizes about the fitted N*")
     add("--widths", metavar="W,W,…", help="with --recentre: the sizes that were planned")
     add("--seeds", default="0", metavar="S,S,…", help="with --recentre: seeds of each size (default 0)")
@@ -94,8 +94,8 @@ def _choose(args: argparse.Namespace, runs: Runs, plan: Plan) -> dict[str, Any]:
     largest = args.largest
     if largest is None:
         largest = LARGEST_SHARE * (budget if device is None else budget * 3600 * device.peak(plan.runs[0].precision))
-    candidates = family_candidates(fit, plan, data, budget, largest, device)
-    design = choose_runs(fit, data, candidates, target, budget)
+    sets = [family_candidates(fit, plan, data, budget, most, device) for most in (largest / 2, largest)]
+    design, candidates = choose_largest(fit, data, sets, target, budget)
     bought = design.cheapest(candidates, args.spend or budget)
     if not bought.any():
         bought = _one(design, candidates)

@@ -2,8 +2,8 @@
 
 The surfaces are those of bench/coverage.py: half Chinchilla-like, half asymmetric; noise is 1% of loss. The IsoFLOP grid has 5
 budgets from 1e19 to 1e21 FLOPs and 9 sizes within ±4× of the true N*. The adaptive sweep starts with a tenth of those FLOPs on
-such a grid of 5 × 7 from 1e18 to 1e20, then buys what `choose_runs` says in two rounds, no run dearer than an eighth of
-the whole. Both forecast the loss at the true N* and D* of 3e22 FLOPs, 30 times the grid's largest run, by `fit_law`.
+such a grid of 5 × 7 from 1e18 to 1e20, then buys what `choose_largest` says in two rounds, no run dearer than a quarter of
+the whole, or an eighth. Both forecast the loss at the true N* and D* of 3e22 FLOPs, 30 times the grid's largest run, by `fit_law`.
 "interval of the mean": of the predicted loss, without the noise of the run that comes, which no sweep can lower;
 "of a new run": as analysis.fit prints it; its floor is z·1%, what a sweep that knew the law exactly would say. Coverage: of
 the true loss, and of a new run's, with binomial standard errors.
@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ import pandas as pd
 from coverage import make_case, share
 from tqdm import tqdm
 
-from analysis.decide.design import Candidates, aim, choose_runs, levels
+from analysis.decide.design import Candidates, aim, choose_largest, levels
 from analysis.inference.fitting import fit_law
 from analysis.inference.points import points
 from analysis.inference.simulate import Cells, Grid, Noise, Surface, simulate
@@ -107,24 +108,32 @@ def adaptive_sweep(surface: Surface, budget_flops: float, seed: int) -> Runs:
     """A pilot, then rounds of chosen runs, until the budget is spent."""
     runs = simulate(surface, PILOT.cells(surface), NOISE, [seed, 2])
     ratio = runs.table["n_tokens"] / runs.table["n_params"]
-    flops, n = np.meshgrid(levels(LARGEST_SHARE * budget_flops, 1e18), 10 ** np.arange(5, 14, 1 / SIZES_A_DECADE))
-    d = flops / 6 / n
-    legal = (d / n >= ratio.min()) & (d / n <= ratio.max())
-    n, d, flops = n[legal], d[legal], flops[legal]
-    done = np.zeros(len(n), int)
+    done: Counter[tuple[float, float]] = Counter()
     for k in range(ROUNDS):
         fit, data = fit_law(runs, draws=ROUND_DRAWS, seed=seed), points(runs)
         left = budget_flops - float(runs.table["flops"].sum())
-        candidates = Candidates(n, d, flops, flops, done)
-        design = choose_runs(fit, data, candidates, aim(fit, None, data, TARGET_FLOPS), left)
-        bought = design.cheapest(candidates, left / (ROUNDS - k))
-        rows = np.repeat(np.arange(len(n)), bought)
-        number = np.concatenate([np.arange(done[i], done[i] + bought[i]) for i in np.flatnonzero(bought)])
-        new = simulate(surface, Cells(n[rows], d[rows], flops[rows], number), NOISE, [seed, 3 + k])
+        sets = [
+            candidates(LARGEST_SHARE * budget_flops / c, float(ratio.min()), float(ratio.max()), done) for c in (2, 1)
+        ]
+        design, chosen = choose_largest(fit, data, sets, aim(fit, None, data, TARGET_FLOPS), left)
+        bought = design.cheapest(chosen, left / (ROUNDS - k))
+        rows = np.repeat(np.arange(len(chosen)), bought)
+        number = np.concatenate([chosen.seeds_done[i] + np.arange(bought[i]) for i in np.flatnonzero(bought)])
+        cells = Cells(chosen.n[rows], chosen.d[rows], chosen.flops[rows], number)
+        new = simulate(surface, cells, NOISE, [seed, 3 + k])
         new.table["run_id"] = [f"round {k} {i}" for i in range(len(rows))]
-        done = done + bought
+        done.update(zip(cells.n, cells.flops, strict=True))
         runs = dataclasses.replace(runs, table=pd.concat([runs.table, new.table], ignore_index=True))
     return runs
+
+
+def candidates(largest: float, low: float, high: float, done: Counter[tuple[float, float]]) -> Candidates:
+    """Sizes at the compute levels from `largest` down, of D/N from low to high; done: runs of (N, C) that there are."""
+    flops, n = np.meshgrid(levels(largest, 1e18), 10 ** np.arange(5, 14, 1 / SIZES_A_DECADE))
+    d = flops / 6 / n
+    legal = (d / n >= low) & (d / n <= high)
+    n, d, flops = n[legal], d[legal], flops[legal]
+    return Candidates(n, d, flops, flops, np.array([done[cell] for cell in zip(n, flops, strict=True)], int))
 
 
 def run_case(seed: int) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from analysis.decide.design import (
     _Information,
     _State,
     aim,
+    choose_largest,
     choose_runs,
     family_candidates,
     levels,
@@ -24,6 +26,7 @@ from analysis.decide.design import (
 from analysis.inference import FitResult, fit_law
 from analysis.inference.points import Points, points
 from analysis.inference.simulate import Grid, Noise, Surface, simulate
+from analysis.inference.uncertainty import FormError
 from analysis.runs import load_runs
 from scaling.errors import InputError
 from scaling.grid import Grid as GridFile
@@ -87,6 +90,22 @@ def test_the_budget_goes_to_runs_that_beat_random_ones(pilot: tuple[FitResult, P
                 state.add(int(i))
                 left -= candidates.cost[i]
         assert design.sd_after < np.sqrt(state.variance())
+
+
+def test_where_the_laws_form_fails_runs_reach_as_far_as_they_may(pilot: tuple[FitResult, Points, Candidates]) -> None:
+    fit, data, c = pilot
+    near, far = (
+        Candidates(*(getattr(c, k)[c.flops <= most] for k in ("n", "d", "flops", "cost", "seeds_done")))
+        for most in (8e19, 1.6e20)
+    )
+    target = aim(fit, None, data, TARGET_FLOPS)
+    for per_efold, wanted in ((0.0, near), (0.02, far)):
+        design, chosen = choose_largest(
+            dataclasses.replace(fit, form=FormError(per_efold, 3)), data, [near, far], target, 3e20
+        )
+        assert chosen is wanted
+        assert design.seeds @ chosen.cost <= 3e20
+    assert choose_largest(fit, data, [far, near], target, near.cost.max() * 1.5)[0].seeds.any()
 
 
 def test_cells_that_were_run_often_enough_are_left_alone(pilot: tuple[FitResult, Points, Candidates]) -> None:
