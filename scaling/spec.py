@@ -36,7 +36,7 @@ class DataSpec:
     max_epochs: float = field(default=1.0, metadata=HOST)
     """Refuse a run that would read the training tokens more often than this."""
     unique_tokens: int | None = field(default=None, metadata={"absent": None})
-    """Train on the corpus's first tokens alone, this many, again and again; None: on all of it."""
+    """Train on the first so many tokens that a fresh run reads alone, again and again; None: on all of the corpus."""
     mixture: Mixture | None = field(default=None, metadata={"absent": None})
     """data=mixture: how much of each source is read."""
     document_mask: bool = field(default=False, metadata={"absent": False})

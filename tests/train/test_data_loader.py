@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scaling.errors import InputError
-from train.data.loader import BLOCK_TOKENS, Loader, validation_windows
+from train.data.loader import BLOCK_TOKENS, Loader, Shuffled, validation_windows
 
 TOKENS = np.arange(1003, dtype="<u2")
 """Token i is i, so a batch says where it was read."""
@@ -34,6 +34,21 @@ def test_an_epoch_reads_every_window_once_and_borders_move():
         assert starts != sorted(starts)
     assert len({min(starts) for starts in epochs}) > 1
     assert epochs[0] != epochs[1]
+
+
+def test_unique_tokens_are_the_first_of_a_fresh_run_in_a_new_order_every_epoch():
+    fresh = Loader(TOKENS, 8, 8, seed=3)
+    few = Loader(TOKENS, 8, 8, 3, Shuffled(len(TOKENS), 8, [3], unique_tokens=83))
+    assert few.order.windows_per_epoch == 10
+    epochs = [[int(few.batch(e * 10 + i)[0][0, 0]) for i in range(10)] for e in range(4)]
+    assert epochs[0] == [int(fresh.batch(i)[0][0, 0]) for i in range(10)]
+    assert max(epochs[0]) > 500  # from all over the shard
+    for epoch in epochs[1:]:
+        assert sorted(epoch) == sorted(epochs[0])
+        assert epoch != epochs[0]
+    assert Shuffled(len(TOKENS), 8, [3], unique_tokens=len(TOKENS)).windows_per_epoch == 124
+    with pytest.raises(InputError, match="15 tokens, fewer than two windows"):
+        Shuffled(len(TOKENS), 8, [3], unique_tokens=15)
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():

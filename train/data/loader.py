@@ -29,22 +29,34 @@ class Shuffled:
     """The windows of a stretch of tokens, seq_len + 1 at stride seq_len, in a new random order every epoch, endlessly.
 
     Epoch e reads all its windows once, in the order of a permutation seeded by (seed…, e), from a first token that is
-    also seeded, so that window borders move. Memory: one permutation.
+    also seeded, so that window borders move. Memory: one permutation. Of few unique tokens the first windows of epoch 0 are
+    all there is, and each epoch has them in a new order: text from all over the corpus, as a fresh run reads it.
     """
 
-    def __init__(self, n_tokens: int, seq_len: int, seed: Sequence[int], what: str = "the training shard") -> None:
+    def __init__(
+        self,
+        n_tokens: int,
+        seq_len: int,
+        seed: Sequence[int],
+        what: str = "the training shard",
+        unique_tokens: int | None = None,
+    ) -> None:
         """
         Raises:
-            InputError: the stretch is shorter than two windows.
+            InputError: the stretch, or its unique tokens, are shorter than two windows.
         """
         self.seq_len = seq_len
         self.seed = list(seed)
         self.windows_per_epoch = n_tokens // seq_len - 1  # one less, to leave room for the epoch's first token
-        if self.windows_per_epoch < 1:
+        if min(self.windows_per_epoch, (unique_tokens or n_tokens) // seq_len - 1) < 1:
             raise InputError(
-                f"{what} has {n_tokens} tokens, fewer than two windows of seq_len {seq_len}: "
-                "use a shorter seq_len or more text"
+                f"{what} has {min(n_tokens, unique_tokens or n_tokens)} tokens, fewer than two windows of seq_len "
+                f"{seq_len}: use a shorter seq_len or more text"
             )
+        self._few: NDArray[np.int64] | None = None
+        if unique_tokens is not None and unique_tokens // seq_len < self.windows_per_epoch:
+            self._few = self._permuted(0)[: unique_tokens // seq_len]
+            self.windows_per_epoch = len(self._few)
         self._epoch = -1
         self._starts = np.empty(0, np.int64)
 
@@ -60,11 +72,20 @@ class Shuffled:
     def _epoch_starts(self, epoch: int) -> NDArray[np.int64]:
         """First token of each of the epoch's windows, in reading order, (windows_per_epoch,)."""
         if epoch != self._epoch:
-            rng = np.random.Generator(np.random.PCG64([*self.seed, epoch]))
-            offset = rng.integers(self.seq_len)
-            self._starts = rng.permutation(self.windows_per_epoch) * self.seq_len + offset
+            if self._few is None:
+                self._starts = self._permuted(epoch)
+            else:
+                self._starts = self._few if epoch == 0 else self._generator(epoch).permutation(self._few)
             self._epoch = epoch
         return self._starts
+
+    def _permuted(self, epoch: int) -> NDArray[np.int64]:
+        rng = self._generator(epoch)
+        offset = rng.integers(self.seq_len)
+        return rng.permutation(self.windows_per_epoch) * self.seq_len + offset
+
+    def _generator(self, epoch: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([*self.seed, epoch]))
 
 
 class Mixed:
@@ -117,7 +138,7 @@ class Loader:
         seq_len: int,
         batch_tokens: int,
         seed: int,
-        order: Mixed | None = None,
+        order: Shuffled | Mixed | None = None,
         tokens_in: Callable[[int], int] | None = None,
     ) -> None:
         """
@@ -143,12 +164,14 @@ class Loader:
     @classmethod
     def of(cls, spec: RunSpec, corpus: Corpus) -> Loader:
         """The batches of a run."""
-        shape, mixture, order = spec.shape, spec.data.mixture, None
+        shape, mixture = spec.shape, spec.data.mixture
+        order: Shuffled | Mixed | None = None
         if mixture is not None:
             windows = spec.tokens // shape.seq_len
             order = Mixed(corpus.manifest.sources, mixture, shape.seq_len, spec.seed, windows)
-        tokens = corpus.train[: spec.data.unique_tokens]
-        return cls(tokens, shape.seq_len, spec.batch_tokens, spec.seed, order, spec.tokens_in)
+        elif spec.data.unique_tokens is not None:
+            order = Shuffled(len(corpus.train), shape.seq_len, [spec.seed], unique_tokens=spec.data.unique_tokens)
+        return cls(corpus.train, shape.seq_len, spec.batch_tokens, spec.seed, order, spec.tokens_in)
 
     def batch(self, step: int, steps: int = 1) -> Batch:
         """The batch of optimizer step `step`, from 0, or those of several steps from there on, one below another."""
