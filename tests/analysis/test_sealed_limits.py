@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,14 @@ from analysis.decide.limits import WEIGHT_SHARE, Limits
 from analysis.decide.optimum import Search
 from analysis.fit import main
 from analysis.inference import FitResult, fit_law
+from analysis.postmortem import refit, with_flagship
 from analysis.runs import Runs, load_runs
 from analysis.show.text import answer_text
-from scaling.accounting import ParamCount, count_params, flops_per_token
+from scaling.accounting import PARAMS_CONVENTIONS, ParamCount, count_params, flops_per_token
 from scaling.errors import InputError
 from scaling.records import Forecast
 from scaling.shape import Experts
+from scaling.sweepdir import SweepDir
 
 BUDGET = 1e13
 SPARSE = Experts(n_experts=8, top_k=1, n_shared=1, granularity=2)
@@ -115,6 +118,23 @@ def test_repeated_text_is_forecast_at_its_worth_along_the_whole_curve(fitted: tu
     assert spec.data.max_epochs >= spec.tokens / 1e6 > 2
     assert any("not measured in this sweep" in note for note in forecast.notes)
     assert not any("needs more text" in note for note in forecast.notes)
+
+
+def test_the_postmortem_counts_repeated_text_at_its_worth(fitted: tuple[FitResult, Runs], tmp_path: Path) -> None:
+    """A flagship whose loss is the one forecast lies on the law, so that the law with it is the law without it."""
+    fit, runs = fitted
+    forecast = make_forecast(fit, runs, BUDGET, limits=Limits(unique_tokens=3e5))
+    spec, (record, *_) = forecast.spec, SweepDir(Path(runs.source)).records()
+    params = {name: spec.params.count(name) for name in PARAMS_CONVENTIONS}
+    flagship = dataclasses.replace(
+        record, run_id=spec.run_id, spec=spec, params=params, tokens=spec.tokens, loss=forecast.loss,
+        flops={**record.flops, "exact": spec.flops}, epochs=spec.tokens / 3e5,
+    )  # fmt: skip
+    before, _, outcome = refit(tmp_path, forecast, flagship, Path(runs.source))
+    assert outcome.refit is not None
+    assert outcome.refit.parameters == pytest.approx(before.parameters, rel=1e-3)
+    as_fresh = fit_law(with_flagship(runs, flagship), "chinchilla", draws=2)
+    assert as_fresh.parameters["B"] != pytest.approx(before.parameters["B"], rel=1e-2)
 
 
 def test_more_text_than_the_corpus_has_is_no_limit_and_a_run_beyond_the_corpus_is_noted(
