@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gpu_rows import Job, Measured, RowError, Workers
 
@@ -121,7 +122,7 @@ def measure_rows(wanted: Sequence[Job], device: str, until: float) -> None:
     """
     workers: dict[int, Workers] = {}
 
-    def call(processes: int, name: str, *args: object) -> list:  # type: ignore[type-arg]
+    def call(processes: int, name: str, *args: object) -> list[Any]:
         if processes not in workers or not workers[processes].alive:
             workers[processes] = Workers(processes, device)
         left_s = max(GRACE_S, until + GRACE_S - time.monotonic()) if name == "measure" else ROW_LIMIT_S

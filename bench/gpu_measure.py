@@ -26,6 +26,7 @@ from train.engine.host import Host
 from train.engine.profiler import WARMUP_STEPS, profiled
 from train.engine.stacked import Member, together
 from train.engine.trainer import Trainer
+from train.model.decoder import Decoder
 
 WARMUP = 3
 """Steps before the clock starts: compilation, capture, the allocator."""
@@ -115,8 +116,9 @@ def _stacked(job: Job, device: str, corpus: Corpus, meet: Callable[[], object]) 
     line = threading.Barrier(job.stacked, timeout=WAIT_S)
     raised: list[Exception] = []
 
-    def work(seed: int, member: Member) -> tuple[float, float]:
+    def work(member: Member) -> tuple[float, float]:
         try:
+            seed = member.number
             trainer = Trainer(job.spec(seed), corpus, dataclasses.replace(host_of(job, device), member=member))
             _drive(trainer, WARMUP)
             line.wait()
@@ -130,7 +132,7 @@ def _stacked(job: Job, device: str, corpus: Corpus, meet: Callable[[], object]) 
 
     meet()
     try:
-        times = together([lambda member, seed=seed: work(seed, member) for seed in range(job.stacked)])
+        times = together([work] * job.stacked)
     except threading.BrokenBarrierError:
         raise raised[0] from None
     began, ended = min(start for start, _ in times), max(end for _, end in times)
@@ -149,6 +151,7 @@ def _parts(trainer: Trainer, steps: int) -> dict[str, float]:
         parts[name] = parts.get(name, 0.0) + (now - started) / steps
         started = now
 
+    assert isinstance(trainer.model, Decoder)
     micro = trainer.host.micro_batch_tokens // trainer.spec.shape.seq_len
     clip = trainer.spec.optim.clip_norm
     for inputs_BT, targets_BT in trainer.loader.iterate(0, steps):
@@ -164,7 +167,7 @@ def _parts(trainer: Trainer, steps: int) -> dict[str, float]:
                 trainer.captured(inputs, targets)
                 mark("forward and backward")
                 continue
-            loss = trainer.model.loss(inputs, targets) / trainer.spec.batch_tokens  # type: ignore[union-attr]
+            loss = trainer.model.loss(inputs, targets) / trainer.spec.batch_tokens
             mark("forward")
             loss.backward()
             mark("backward")

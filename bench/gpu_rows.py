@@ -41,7 +41,7 @@ class Job:
     @property
     def setting(self) -> str:
         """What differs from the plain loop."""
-        parts = [self.precision] if self.precision != "bf16" else []
+        parts: list[str] = [self.precision] if self.precision != "bf16" else []
         parts += [f"compile={self.compile}"] if self.compile != "none" else []
         parts += ["CUDA graphs"] if self.cuda_graphs else []
         parts += [f"micro-batch {self.micro_batch_tokens:,}"] if self.micro_batch_tokens else []
@@ -126,12 +126,14 @@ class Workers:
                 end.send((name, args))
         reason, is_sound = None, False
         while reason is None and len(results) < len(self._ends):
-            ready = wait([end for end in self._ends if end not in results], max(0.0, until - time.monotonic()))
+            waiting = [end for end in self._ends if end not in results]
+            answered = wait(waiting, max(0.0, until - time.monotonic()))
+            ready = [end for end in waiting if end in answered]
             if not ready:
                 reason = f"took longer than {limit_s:.0f} s"
             for end in ready:
                 try:
-                    results[end], failure, is_sound = end.recv()  # type: ignore[union-attr]
+                    results[end], failure, is_sound = end.recv()
                 except (EOFError, OSError):
                     failure = "its process died"
                 reason = reason or failure
