@@ -51,8 +51,9 @@ class SlurmLauncher:
     """Seconds between a run's checkpoints: the most work that a lost node costs."""
     micro_batch_tokens: int = 16384
     """Most tokens in one forward and backward pass; a run that does not fit halves it for itself."""
-    compile: Literal["none", "block", "whole"] = "none"
-    """torch.compile of each layer, or of the model: one setting for all runs, as it moves results by rounding."""
+    compile: Literal["none", "block", "whole", "auto"] = "none"
+    """torch.compile of each layer, or of the model: one setting for all runs, as it moves results by rounding; auto: of each
+    layer in the runs that are expected to take over two minutes."""
     recompute: Literal["none", "selective", "full", "budget"] = "none"
     """What the backward pass computes again, to save memory; budget: the least of it that fits memory_budget_bytes."""
     memory_budget_bytes: float | None = None
