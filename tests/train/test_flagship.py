@@ -8,17 +8,19 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from scaling.errors import InputError
 from scaling.grid import make_run
+from scaling.ranks import STOP_SIGNALS
 from scaling.recipe import recipe_from_dict
 from scaling.records import Channel, CurvePoint, DataManifest, Forecast
 from scaling.shape import ShapeFamily
@@ -96,8 +98,18 @@ def test_the_limits_of_a_forecast_are_sealed_and_kept_by_the_run(
         main([f"forecast={path}", "dry_run=true"])
 
 
+@pytest.fixture
+def _own_signals() -> Iterator[None]:
+    """The flagship takes over the stop signals of the process that it trains in: here they are given back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_own_signals")
 def test_another_text_than_the_sweeps_is_refused(
-    make_spec: Callable[..., RunSpec], tmp_path: Path, corpus_cache: Path, manifest: DataManifest
+    make_spec: Callable[..., RunSpec], tmp_path: Path, manifest: DataManifest
 ) -> None:
     spec = make_spec(steps=12)
     path = write_forecast(tmp_path, 20.0, spec.with_digest("0123456789abcdef"))
@@ -107,6 +119,7 @@ def test_another_text_than_the_sweeps_is_refused(
     assert not (tmp_path / "flagship").exists()
 
 
+@pytest.mark.usefixtures("_own_signals")
 @pytest.mark.parametrize("name", ["tokenizer.json", "train.bin"])
 def test_a_tokenizer_or_text_that_was_changed_in_place_is_refused(
     make_spec: Callable[..., RunSpec], tmp_path: Path, corpus_cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -174,11 +187,15 @@ def test_the_gpu_of_a_rank(device: str, shown: str, taken: str) -> None:
 
 
 WINDOWS = 50
+LONGEST_S = 600.0
+"""Where the machine is busy."""
+STEPS = {1: 20_000, 2: 5_000}
+"""By processes: long enough for the watch to come up beside the run, and a window soon full where the machine is busy."""
 
 
-def far_from_its_forecast(make_spec: Callable[..., RunSpec], folder: Path) -> Path:
+def far_from_its_forecast(make_spec: Callable[..., RunSpec], folder: Path, steps: int) -> Path:
     """A sealed forecast of a long run whose training loss is expected to be far higher than it will be."""
-    spec = make_spec(steps=20_000)
+    spec = make_spec(steps=steps)
     spec = dataclasses.replace(spec, data=dataclasses.replace(spec.data, max_epochs=1e6))
     far_too_high = Channel("train_loss", [math.log(20.0)] * WINDOWS, [0.05] * WINDOWS, [0.0] * WINDOWS, 0.0, 1.0, 1.0)
     return write_forecast(folder, 20.0, spec, (far_too_high,))
@@ -200,14 +217,18 @@ def flagship(path: Path, on_alarm: str, processes: int) -> subprocess.Popen[str]
 def test_an_alarm_stops_the_run_with_a_checkpoint(
     make_spec: Callable[..., RunSpec], tmp_path: Path, processes: int
 ) -> None:
-    process = flagship(far_from_its_forecast(make_spec, tmp_path), "stop", processes)
-    _, errors = process.communicate(timeout=300)
+    process = flagship(far_from_its_forecast(make_spec, tmp_path, STEPS[processes]), "stop", processes)
+    try:
+        process.wait(LONGEST_S)
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
     run = RunDir(tmp_path / "flagship")
     assert process.returncode == 130, errors + (run.path / "watch.log").read_text()
     assert errors.count("the watch asked for it: training loss below its forecast") == 1
     assert json.loads(run.verdict_json.read_text())["action"] == "stop"
     (newest, *_) = checkpoint.newest(run.checkpoints)
-    assert f"stopped at step {int(newest.name[5:14])} of 20000, checkpoint written" in errors
+    assert f"stopped at step {int(newest.name[5:14])} of {STEPS[processes]}, checkpoint written" in errors
     assert run.metrics()[-1]["watch_action"] == "stop"
     assert run.record() is None
     assert not run.is_leased()
@@ -217,8 +238,8 @@ def test_an_alarm_stops_the_run_with_a_checkpoint(
 def test_an_alarm_keeps_a_checkpoint_for_good_and_the_run_goes_on(
     make_spec: Callable[..., RunSpec], tmp_path: Path, processes: int
 ) -> None:
-    process = flagship(far_from_its_forecast(make_spec, tmp_path), "checkpoint", processes)
-    run, deadline = RunDir(tmp_path / "flagship"), time.monotonic() + 300
+    process = flagship(far_from_its_forecast(make_spec, tmp_path, STEPS[processes]), "checkpoint", processes)
+    run, deadline = RunDir(tmp_path / "flagship"), time.monotonic() + LONGEST_S
     try:
         asked: list[dict[str, object]] = []
         while not asked or run.metrics()[-1]["step"] < asked[0]["step"] + 5:
@@ -232,7 +253,9 @@ def test_an_alarm_keeps_a_checkpoint_for_good_and_the_run_goes_on(
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "the watch asked for it" not in errors
-    (kept,) = checkpoint.kept(run.checkpoints, 20_000)  # once, though the alarm stands at every window from there on
+    (kept,) = checkpoint.kept(
+        run.checkpoints, STEPS[processes]
+    )  # once, though the alarm stands at every window from there on
     state = checkpoint.load_first([kept])
     assert state is not None
     assert state["step"] == asked[0]["step"]
