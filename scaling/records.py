@@ -123,6 +123,8 @@ class RunRecord:
     """MFU with the FLOPs of what the backward pass computed again."""
     data_wait_s: float | None = field(default=None, metadata={"absent": None})
     """Of train_s: waiting for batches."""
+    energy_j: float | None = field(default=None, metadata={"absent": None})
+    """Joules that rank 0's device took in the last attempt, other work on it included; None: it does not tell."""
     recompute: str = field(default="none", metadata={"absent": "none"})
     """What the backward pass computed again, which changes no bit of the result."""
     source_losses: dict[str, float] = field(default_factory=dict, metadata={"absent": {}})

@@ -54,6 +54,7 @@ def make_record(trainer: Trainer, lease: Lease, status: Status, loss: float | No
         mfu_full_attention=utilisation["mfu_full_attention"],
         hfu=utilisation["hfu"],
         data_wait_s=progress.data_wait_s,
+        energy_j=trainer.energy.joules(),
         recompute=describe_recompute(settings(trainer.host, trainer.world)),
         source_losses=trainer.source_losses if status == "ok" else {},
         source_epochs=source_epochs(spec, corpus.manifest, tokens) if spec.data.mixture else {},

@@ -24,6 +24,7 @@ from scaling.sweepdir import RunDir
 from train.data.loader import Corpus, Loader
 from train.data.tokenizer import EOS
 from train.engine import checkpoint
+from train.engine.energy import EnergyMeter
 from train.engine.evaluation import held_out_bytes_per_token, held_out_loss, source_losses
 from train.engine.graphs import CapturedPass, check_graphs
 from train.engine.host import Host, check_one_process
@@ -83,8 +84,8 @@ class Trainer:
             self.compiled = self._chosen(self.model, self.model.uncompiled) != "none"
             if self.compiled:
                 self.model.compile()
-            mesh = self.model.mesh
-            self.optimizers = Optimizers(self.model, spec.optim, spec.precision, mesh, spec.multipliers)
+            self.optimizers = Optimizers(self.model, spec.optim, spec.precision, self.model.mesh, spec.multipliers)
+        self.energy = EnergyMeter(self.device)
         self.writer = Writer()
         self.apart = None if world is None else world.apart
         self.loader = Loader.of(spec, corpus)
@@ -371,10 +372,8 @@ class Trainer:
         p.smooth_loss = loss if p.smooth_loss is None else SMOOTHING * p.smooth_loss + (1 - SMOOTHING) * loss
         p.lowest_loss = min(p.lowest_loss, p.smooth_loss)
         if p.smooth_loss > self.spec.divergence_factor * p.lowest_loss:
-            raise Diverged(
-                f"training loss {p.smooth_loss:.3f} at step {p.step} is above {self.spec.divergence_factor:g} × its "
-                f"minimum {p.lowest_loss:.3f}"
-            )
+            limit = f"{self.spec.divergence_factor:g} × its minimum {p.lowest_loss:.3f}"
+            raise Diverged(f"training loss {p.smooth_loss:.3f} at step {p.step} is above {limit}")
         if p.step > self.spec.steps - self.tail_steps:
             p.tail_loss += loss
 
@@ -385,9 +384,10 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Held-out loss, nats per token; that of each source of a mixture becomes `source_losses`."""
+        on = (self.model, self.corpus, self.spec.eval.tokens, self.device)
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
-            self.source_losses = source_losses(self.model, self.corpus, self.spec.eval.tokens, self.device)
-            return held_out_loss(self.model, self.corpus, self.spec.eval.tokens, self.device)
+            self.source_losses = source_losses(*on)
+            return held_out_loss(*on)
 
     @cached_property
     def bytes_per_token(self) -> float:
@@ -396,5 +396,5 @@ class Trainer:
 
     def is_evaluation_step(self) -> bool:
         """Whether the step just done is one of the run's evenly spaced evaluations; the last step is one."""
-        step, steps, points = self.progress.step, self.spec.steps, self.host.eval_points or self.spec.eval.points
-        return step * points // steps > (step - 1) * points // steps
+        step, points = self.progress.step, self.host.eval_points or self.spec.eval.points
+        return step * points // self.spec.steps > (step - 1) * points // self.spec.steps
