@@ -194,7 +194,8 @@ class TrainingBytes:
     accumulates: bool = False
     """Whether gradients of earlier micro-batches are there already while a micro-batch is at work."""
     gathered: int = 0
-    """Sharded: whole weights of embedding and head, of the layer at work and of the one that is fetched ahead."""
+    """Sharded: whole weights of embedding and head, of the layer at work and of the one that is fetched ahead; where the
+    layer is computed again, its gradients, which are whole until its backward pass ends."""
     reduced: int = 0
     """Sharded: the gradients of embedding and head while they are summed over the ranks."""
 
@@ -269,6 +270,6 @@ def training_bytes(
         + copies * (shape.depth - recomputed) // shape.depth,
         working=working,
         accumulates=accumulates,
-        gathered=ends + 2 * of_layer if shards > 1 else 0,
+        gathered=ends + (3 if recompute == "full" else 2) * of_layer if shards > 1 else 0,
         reduced=2 * ends + 4 * head if shards > 1 else 0,
     )
