@@ -30,36 +30,17 @@ from scaling.spec import RunSpec
 from scaling.sweepdir import SweepDir, check_writable, default_cache
 from scaling.table import write_runs_csv
 from scaling.text import readable_time
+from scaling.workers import WorkerSettings
 
 
 @dataclass(frozen=True)
-class LocalLauncher:
+class LocalLauncher(WorkerSettings):
     """A pool of processes on this machine."""
 
     name: Literal["local"] = "local"
     workers: int | None = None
     """Processes at once; None: one a core, or one on a GPU."""
-    threads: int = 1
-    """CPU threads of one worker."""
     device: Literal["cpu", "cuda"] = "cpu"
-    max_attempts: int = 3
-    """Failures of one run before this launch gives it up; the next launch tries again."""
-    checkpoint_every_s: float = 20.0
-    """Seconds between a run's checkpoints: the most work that a kill costs."""
-    micro_batch_tokens: int = 16384
-    """Most tokens in one forward and backward pass; a run that does not fit halves it for itself."""
-    compile: Literal["none", "block", "whole", "auto"] = "none"
-    """torch.compile of each layer, or of the model: one setting for all runs, as it moves results by rounding; auto: of each
-    layer in the runs that are expected to take over two minutes."""
-    recompute: Literal["none", "selective", "full", "budget"] = "none"
-    """What the backward pass computes again, to save memory; budget: the least of it that fits memory_budget_bytes."""
-    memory_budget_bytes: float | None = None
-    """recompute=budget: memory of one worker's training step; None: all that the device has."""
-    cuda_graphs: bool = False
-    """The forward and backward pass as one CUDA graph: pays for small models, which a GPU runs faster than they are started."""
-    share: Literal["plain", "processes", "stacked"] = "plain"
-    """How small runs share a GPU: one at a time; share_runs processes; share_runs runs of one shape and batch as one."""
-    share_runs: int = 8
 
     def __post_init__(self) -> None:
         for field in ("workers", "threads", "max_attempts", "micro_batch_tokens", "share_runs"):
@@ -78,22 +59,7 @@ class LocalLauncher:
 
     def worker_options(self) -> list[str]:
         """The worker's options for these settings."""
-        options = {
-            "--device": self.device,
-            "--threads": self.threads,
-            "--max-attempts": self.max_attempts,
-            "--checkpoint-every": self.checkpoint_every_s,
-            "--micro-batch-tokens": self.micro_batch_tokens,
-        }
-        options |= {
-            f"--{name}": value for name in ("compile", "recompute") if (value := getattr(self, name)) != "none"
-        }
-        if self.memory_budget_bytes is not None:
-            options["--memory-budget"] = self.memory_budget_bytes
-        if self.share == "stacked":
-            options["--stack"] = self.share_runs
-        graphs = ["--cuda-graphs"] if self.cuda_graphs else []
-        return [str(part) for option in options.items() for part in option] + graphs
+        return self.options(self.device)
 
 
 def launch(

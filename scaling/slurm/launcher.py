@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from scaling.errors import InputError, unknown
 from scaling.slurm import cluster
+from scaling.workers import WorkerSettings
 
 
 @dataclass(frozen=True)
-class SlurmLauncher:
+class SlurmLauncher(WorkerSettings):
     """Jobs on a SLURM cluster; one job is a pool of worker processes on one node, or trains one run at a time on several."""
 
     name: Literal["slurm"] = "slurm"
@@ -40,26 +41,8 @@ class SlurmLauncher:
     """Further options of sbatch, without the dashes: {exclude: n7}."""
     job_minutes: float = 30.0
     """Small runs are packed into jobs of about this many minutes."""
-    share: Literal["plain", "processes", "stacked"] = "plain"
-    """How small runs share a GPU: one at a time; share_runs processes; share_runs runs of one shape and batch as one."""
-    share_runs: int = 8
-    threads: int = 1
-    """CPU threads of one worker."""
-    max_attempts: int = 3
-    """Failures of one run before this launch gives it up; the next launch tries again."""
     checkpoint_every_s: float = 60.0
     """Seconds between a run's checkpoints: the most work that a lost node costs."""
-    micro_batch_tokens: int = 16384
-    """Most tokens in one forward and backward pass; a run that does not fit halves it for itself."""
-    compile: Literal["none", "block", "whole", "auto"] = "none"
-    """torch.compile of each layer, or of the model: one setting for all runs, as it moves results by rounding; auto: of each
-    layer in the runs that are expected to take over two minutes."""
-    recompute: Literal["none", "selective", "full", "budget"] = "none"
-    """What the backward pass computes again, to save memory; budget: the least of it that fits memory_budget_bytes."""
-    memory_budget_bytes: float | None = None
-    """recompute=budget: memory of one worker's training step; None: all that the device has."""
-    cuda_graphs: bool = False
-    """The forward and backward pass as one CUDA graph: pays for small models, which a GPU runs faster than they are started."""
     signal_delay_s: int = 90
     """Seconds before the time limit at which the workers write their last checkpoint."""
     queue_poll_s: float = 15.0
@@ -119,24 +102,7 @@ class SlurmLauncher:
 
     def worker_options(self) -> list[str]:
         """The worker's options for these settings."""
-        options = {
-            "--device": self.device,
-            "--threads": self.threads,
-            "--max-attempts": self.max_attempts,
-            "--checkpoint-every": self.checkpoint_every_s,
-            "--micro-batch-tokens": self.micro_batch_tokens,
-        }
-        options |= {
-            f"--{name}": value for name in ("compile", "recompute") if (value := getattr(self, name)) != "none"
-        }
-        if self.layout:
-            options["--layout"] = self.layout
-        if self.memory_budget_bytes is not None:
-            options["--memory-budget"] = self.memory_budget_bytes
-        if self.share == "stacked":
-            options["--stack"] = self.share_runs
-        graphs = ["--cuda-graphs"] if self.cuda_graphs else []
-        return [str(part) for option in options.items() for part in option] + graphs
+        return self.options(self.device, self.layout)
 
     def sbatch_parameters(self) -> dict[str, Any]:
         """The job's parameters under submitit's names."""
