@@ -56,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget-hours", type=float, metavar="H", help="device hours to plan for, instead")
     add("--device", default="cpu", help="whose hours (default cpu: of one core)")
     add("--spend", type=float, metavar="F|H", help="write the cheapest runs of the plan for this much (default: all)")
-    add("--largest", type=float, metavar="C", help="FLOPs that the largest run may have (default: a quarter of the budget); half where as good")
+    add(
+        "--largest",
+        type=float,
+        metavar="C",
+        help="FLOPs that the largest run may have (default: a quarter of the budget); half where as good",
+    )
     add("--recentre", type=float, metavar="C", help="instead: an IsoFLOP budget, its sizes about the fitted N*")
     add("--widths", metavar="W,W,…", help="with --recentre: the sizes that were planned")
     add("--seeds", default="0", metavar="S,S,…", help="with --recentre: seeds of each size (default 0)")
