@@ -51,7 +51,7 @@ How to read the answer, in its order:
                 to this minimum; condition: above 1e5, single parameters mean little
   forecast      a mean of laws weighed by backtest, unless --law asks for one; k is how much more the larger runs count; the
                 intervals hold parameter, seed and law-form uncertainty and widen with the distance; they are right where the
-                law goes on as in these runs, and held 34% and 78% (for 50% and 90%) on published runs held out
+                law goes on as in these runs, and held 35% and 78% (for 50% and 90%) on published runs held out
   extrapolation the budget over the largest run's compute: green up to 30x, amber up to 300x, red above
   approaches    Chinchilla's three: the best run of each compute, a parabola through each budget, the law's optimum; far
                 apart, they say that N* is not known. Wasted compute: what following each would cost if the forecast is true
