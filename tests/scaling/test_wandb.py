@@ -16,8 +16,14 @@ def test_packed_runs_keep_their_ids_and_share_the_group(
     settings: list[str],
     tmp_path: Path,
     wandb_records: Callable[[Path], Iterator[bytes]],
+    request: pytest.FixtureRequest,
 ) -> None:
+    """Launched from a process that uses wandb itself, whose service, in another folder, the workers find and use."""
     pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    import wandb
+
+    wandb.setup()
+    request.addfinalizer(wandb.teardown)
     done = cli("scaling.sweep", *settings, "seed=0,1", "launcher.workers=1", "wandb.mode=offline", "sweep.dir=mine")
     assert done.returncode == 0, done.stderr
     sweep = SweepDir(tmp_path / "mine")

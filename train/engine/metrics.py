@@ -52,5 +52,5 @@ def start_wandb(
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
     return wandb.init(
         project="isoflop", id=run_id, name=run_id, group=group, mode=mode, resume="allow",
-        config=config, dir=str(folder), settings=settings,
+        config=config, dir=str(folder.resolve()), settings=settings,  # its service may have started in another folder
     )  # fmt: skip
