@@ -43,12 +43,8 @@ class LocalLauncher(WorkerSettings):
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
-        for field in ("workers", "threads", "max_attempts", "micro_batch_tokens", "share_runs"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise InputError(f"launcher.{field} = {value}: must be at least 1")
-        if not self.checkpoint_every_s >= 0:
-            raise InputError(f"launcher.checkpoint_every_s = {self.checkpoint_every_s}: must not be negative")
+        super().__post_init__()
+        self.check_least(workers=1)
 
     @property
     def pool_size(self) -> int:

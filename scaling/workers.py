@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from scaling.errors import InputError
+
 
 @dataclass(frozen=True)
 class WorkerSettings:
@@ -30,6 +32,20 @@ class WorkerSettings:
     share: Literal["plain", "processes", "stacked"] = "plain"
     """How small runs share a GPU: one at a time; share_runs processes; share_runs runs of one shape and batch as one."""
     share_runs: int = 8
+
+    def __post_init__(self) -> None:
+        self.check_least(threads=1, max_attempts=1, micro_batch_tokens=1, share_runs=1, checkpoint_every_s=0)
+
+    def check_least(self, **least: int) -> None:
+        """Refuse settings below the least that they may be.
+
+        Raises:
+            InputError: names the setting, its value and the least.
+        """
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= lowest:
+                raise InputError(f"launcher.{name} = {value}: must be at least {lowest}")
 
     def options(self, device: str, layout: str = "") -> list[str]:
         """A worker's options for these settings; layout: of a run on several ranks."""

@@ -6,6 +6,7 @@ one schedule forecasts another. Columns of their data: `curve`, an index into th
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,9 +159,9 @@ class _CurveModel(Model):
                 jacobian[b, 3:, rows] = -gradient.T
         return Evaluation(level + size * power - fallen, jacobian)
 
+    @abstractmethod
     def fall(self, vector: Floats) -> list[tuple[np.ndarray, Floats, Floats]]:
         """By curve: rows, what the drops of the learning rate take off the loss (n,), its gradient (parameters 3…, n)."""
-        raise NotImplementedError
 
 
 class _AnnealingModel(_CurveModel):

@@ -49,12 +49,8 @@ class SlurmLauncher(WorkerSettings):
     """Seconds between two looks at squeue."""
 
     def __post_init__(self) -> None:
-        least = {"gpus_per_node": 0, "signal_delay_s": 0, "checkpoint_every_s": 0}
-        least |= dict.fromkeys(("nodes", "cpus_per_task", "time", "array_parallelism", "share_runs"), 1)
-        least |= dict.fromkeys(("threads", "max_attempts", "micro_batch_tokens"), 1)
-        for name, lowest in least.items():
-            if not getattr(self, name) >= lowest:
-                raise InputError(f"launcher.{name} = {getattr(self, name)}: must be at least {lowest}")
+        super().__post_init__()
+        self.check_least(nodes=1, gpus_per_node=0, cpus_per_task=1, time=1, array_parallelism=1, signal_delay_s=0)
         for name in ("job_minutes", "queue_poll_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"launcher.{name} = {getattr(self, name)}: must be positive")
