@@ -32,6 +32,8 @@ GOODPUT = (0.85, 1.0, 1.0)
 400 a step), the figure, best."""
 BOARD_RANGE = (0.7, 1.3)
 """Draw at the meter over board power: a board below its limit in an efficient hall, one at its limit with host and PUE 1.3."""
+LONG_RUN_S = 120.0
+"""compile=auto and precision=auto change what trains a run that is expected to take longer than this."""
 KG_CO2E_PER_KWH = (0.05, 0.24, 0.5)
 """Grid carbon intensity: hydro or nuclear; the .24 of a large US operator; a world-average grid."""
 

@@ -17,6 +17,8 @@ from scaling.shape import ShapeFamily
 from scaling.spec import DataSpec, EvalSpec, OptimSpec, RunSpec, ScheduleSpec
 
 BUDGETS = ("tokens", "flops", "tokens_per_param")
+AUTO = "auto"
+"""A precision that scaling.sweep chooses before the grid is expanded."""
 SHARED_RECIPE = (0.6, 3.0)
 """Lengths, as multiples of the one that a trunk's recipe was asked at, that lost .5% at most to runs with a recipe of
 their own; a third of it and eight times it lost 2% (bench/branching.py)."""
@@ -212,6 +214,10 @@ def one_budget(given: Mapping[str, float | None]) -> tuple[str, float]:
 def run_settings(config: Mapping[str, Any]) -> RunSettings:
     """Read a composed configuration strictly. Values given for the optimizer, the schedule or the batch win over the recipe."""
     model, optim, schedule, recipe = (dict(config[name]) for name in ("model", "optim", "schedule", "recipe"))
+    if config["precision"]["name"] == AUTO:
+        raise InputError(
+            "precision=auto is for all runs of a sweep alike: name the precisions of an axis, precision=fp32,bf16"
+        )
     given = {
         "peak_lr": optim.pop("peak_lr"),
         "weight_decay": optim.pop("weight_decay"),
@@ -267,6 +273,20 @@ def _grid(config: Mapping[str, Any]) -> Grid:
     return from_dict(Grid, config["grid"], "grid")
 
 
+def asks_auto(overrides: Sequence[str]) -> bool:
+    """Whether a command line, or its grid, leaves the precision of the sweep to be chosen (scaling.precision)."""
+    _, _, config = _composed([text.lstrip("+") for text in overrides])
+    return bool(config["precision"]["name"] == AUTO)
+
+
+def _composed(overrides: Sequence[str]) -> tuple[Grid, list[str], dict[str, Any]]:
+    """The grid, the settings of all its runs, and the configuration that they make; axes left out."""
+    command = [text for text in overrides if not compose.parse_override(text).is_sweep_override()]
+    grid = _grid(compose.load("sweep", command))
+    base = [*grid.overrides, *command]
+    return grid, base, compose.load("sweep", base)
+
+
 def expand_grid(overrides: Sequence[str], points: Sequence[Sequence[str]] | None = None) -> GridRuns:
     """The runs of a command line: `+grid=NAME` and settings; a setting with several values (a,b,c) is an axis.
 
@@ -275,15 +295,12 @@ def expand_grid(overrides: Sequence[str], points: Sequence[Sequence[str]] | None
     Raises:
         InputError: unknown grid, group or setting; a value that does not fit; a shape or budget that cannot be.
     """
-    overrides = [text.removeprefix("+").removeprefix("+") for text in overrides]
+    overrides = [text.lstrip("+") for text in overrides]
     named = {compose.parse_override(text).key_or_group for text in overrides}
     own_axes = [text for text in overrides if compose.parse_override(text).is_sweep_override()]
-    command = [text for text in overrides if text not in own_axes]
-    grid = _grid(compose.load("sweep", command))
+    grid, base, config = _composed(overrides)
     if points is not None:
         grid = dataclasses.replace(grid, points=[list(point) for point in points])
-    base = [*grid.overrides, *command]
-    config = compose.load("sweep", base)
     sweep = from_dict(SweepSettings, config["sweep"], "sweep")
 
     axes = [f"{key}={values}" for key, values in grid.axes.items() if key not in named] + own_axes

@@ -68,6 +68,21 @@ def describe_rounds(grid: GridRuns) -> str:
     )
 
 
+def extent(grid: GridRuns, device: Device) -> tuple[float, float]:
+    """Expected seconds of the longest run on a device, and the runs' mean width, each weighed by its seconds.
+
+    An adaptive sweep is taken for its grid scaled, as sweep.compute_scale does, until the longest run has LARGEST_SHARE of
+    the budget.
+    """
+    seconds = [run_seconds(spec, device) for spec in grid.specs]
+    width = math.fsum(s * spec.shape.width for s, spec in zip(seconds, grid.specs, strict=True)) / math.fsum(seconds)
+    if not grid.grid.adaptive:
+        return max(seconds), width
+    budget, hours_of = _budget(grid)
+    scale = LARGEST_SHARE * budget * _flops_per_cost(grid.specs, hours_of) / max(spec.flops for spec in grid.specs)
+    return max(seconds) * scale, width * scale**0.25
+
+
 def _adaptive(argv: Sequence[str], grid: GridRuns, folder: Path, launch: Launch) -> int:
     sweep, target, (budget, device) = SweepDir(folder), _target(grid), _budget(grid)
     whole = _cost(grid.specs, device)

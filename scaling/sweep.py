@@ -12,8 +12,9 @@ from scaling import compose
 from scaling.config import from_dict
 from scaling.cost import pool_seconds, run_seconds
 from scaling.errors import InputError, run_command
-from scaling.grid import GridRuns, expand_grid, read_grid
+from scaling.grid import GridRuns, asks_auto, expand_grid, read_grid
 from scaling.hardware import find_device
+from scaling.precision import choose_for, with_precision
 from scaling.price import check_limits, describe_price, expected_interval, price
 from scaling.rounds import describe_rounds, run_rounds
 from scaling.spec import RunSpec
@@ -39,6 +40,7 @@ examples:
   python -m scaling.sweep model.width=24,32,48 flops=1e11 sweep.dir=sweeps/mine     a grid of one's own
   python -m scaling.sweep +grid=isoflop sweep.branches=true       lengths of one size cool down from one trunk
   python -m scaling.sweep +grid=isoflop sweep.recentre=true       each budget about the N* that those before it say
+  python -m scaling.sweep +grid=isoflop precision=auto            bf16 where it pays, for all runs or none, saying why
   python -m scaling.sweep +grid=adaptive target_flops=3e13 sweep.budget_flops=5e12     rounds of the runs that say most
   python -m scaling.sweep +grid=lr data=text "data.path='texts/**/*.txt'"           on one's own text
   python -m scaling.sweep +grid=demo launcher=slurm launcher.partition=cpu sweep.wait=false     as SLURM jobs, detached
@@ -69,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
     if any(text in ("-h", "--help", "help") for text in argv):
         print(help_text())
         return 0
-    runs = expand_grid(argv)
+    is_auto = asks_auto(argv)
+    runs = expand_grid(with_precision(argv, "fp32") if is_auto else argv)
     config = runs.config
     wandb = from_dict(WandbSettings, config["wandb"], "wandb")
     dry_run = config["dry_run"]
@@ -83,6 +86,11 @@ def main(argv: Sequence[str]) -> int:
     launcher = from_dict(kind, config["launcher"], "launcher")
     folder = Path(runs.sweep.dir or Path("sweeps") / (runs.sweep.name or runs.grid.name))
     hardware = config["hardware"]["name"]
+    if is_auto:
+        precision, why = choose_for(runs, SweepDir(folder), launcher.name, launcher.device)
+        print(f"precision={precision}: {why}")
+        argv = with_precision(argv, precision)
+        runs = expand_grid(argv)
 
     def run(overrides: Sequence[str], some: GridRuns) -> int:
         for note in some.notes:

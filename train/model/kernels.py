@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from scaling.cost import LONG_RUN_S
 from scaling.errors import InputError
 from scaling.shape import ModelShape
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 Compile = Literal["none", "block", "whole", "auto"]
 Recompute = Literal["none", "selective", "full"]
-COMPILE_FROM_S = 120.0
-"""compile=auto compiles runs that are expected to take longer than this."""
 
 _aten = torch.ops.aten
 ATTENTION = frozenset(
@@ -90,6 +89,6 @@ def choose(compiled: Compile, expected_s: float, shape: ModelShape) -> tuple[Com
         return compiled, "asked for"
     if shape.experts:
         return "none", "the shapes of experts follow the data"
-    if expected_s <= COMPILE_FROM_S:
-        return "none", f"about {expected_s:.0f} s, and compiling pays from {COMPILE_FROM_S:.0f} s on"
-    return "block", f"about {expected_s:.0f} s, longer than {COMPILE_FROM_S:.0f} s"
+    if expected_s <= LONG_RUN_S:
+        return "none", f"about {expected_s:.0f} s, and compiling pays from {LONG_RUN_S:.0f} s on"
+    return "block", f"about {expected_s:.0f} s, longer than {LONG_RUN_S:.0f} s"
