@@ -5,7 +5,7 @@ before the clock starts. The engine's run is all of `train` with the settings, c
 Each is a process of its own. ratio: the engine's tokens/s over plain's, by wall clock and by processor seconds; the latter
 is what a busy machine can still tell.
 
-python bench/cpu.py [--width 256] [--minutes 2.5] [--precision bf16] [--compile auto]    (on data=stdlib; table last)
+python bench/cpu.py [--width 256] [--minutes 2.5] [--precision auto] [--compile auto]    (on data=stdlib; table last)
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from pathlib import Path
 
 import torch
 
+from scaling.cost import run_seconds
 from scaling.errors import InputError, run_command
+from scaling.hardware import find_device
+from scaling.precision import choose, has_bf16_products
 from scaling.shape import ShapeFamily
 from scaling.spec import DataSpec, EvalSpec, OptimSpec, RunSpec, ScheduleSpec
 from scaling.sweepdir import RunDir
@@ -31,6 +34,7 @@ from train.engine import Host, train
 from train.engine.optim import Optimizers
 from train.model.decoder import Decoder
 
+CPU = find_device("cpu")
 BATCH_TOKENS = 4096
 CALIBRATION_STEPS = 3
 
@@ -94,7 +98,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--minutes", type=float, default=2.5, help="of the engine's run (default 2.5)")
-    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--compile", default="auto", choices=["none", "block", "whole", "auto"])
     parser.add_argument("--child", choices=["plain", "engine"], help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help="instead of --minutes")
@@ -106,6 +110,10 @@ def main(argv: list[str]) -> None:
         print(json.dumps(one(args.child, spec, Host(compile=args.compile))))
         return
     steps = args.steps
+    if args.precision == "auto":
+        expected_s = run_seconds(make_spec(args.width, "fp32", steps, digest), CPU) if steps else 60 * args.minutes
+        args.precision, why = choose("cpu", expected_s, args.width, has_bf16_products())
+        print(f"precision={args.precision}: {why}")
     if steps is None:
         calibration = make_spec(args.width, args.precision, CALIBRATION_STEPS, digest)
         one("engine", calibration, Host())  # imports
