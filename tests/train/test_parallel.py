@@ -58,6 +58,8 @@ OF_KIND = {
         "fsdp × tensor, tied": "tensor=2",
         "hsdp × 2, experts": "data=4,replicas=2",
         "fsdp × tensor, experts": "tensor=2",
+        "hsdp × 2, muon with experts": "data=4,replicas=2",
+        "fsdp × tensor, muon with experts": "tensor=2",
         "context × 1f1b, experts": "context=2,pipeline=2",
         "tensor × context, balanced by a loss": "tensor=2,context=2",
         "tensor × 1f1b, masked": "tensor=2,pipeline=2",
@@ -65,6 +67,8 @@ OF_KIND = {
     2: {
         "zero bubble, muon": TWO["zero bubble"],
         "fsdp, experts": "",
+        "fsdp, muon with experts": "",
+        "zero-1, muon with experts": TWO["zero-1"],
         "fsdp, balanced by a loss": "",
         "fsdp, masked": "",
         "context, masked": "context=2",
@@ -122,6 +126,9 @@ def results(make_spec_module: Specs, tmp_path_factory: pytest.TempPathFactory) -
     for kind, balance in (("experts", "bias"), ("balanced by a loss", "loss")):
         experts = Experts(4, 2, n_shared=1, granularity=2, balance=balance, balance_rate=0.01)  # type: ignore[arg-type]
         specs[kind] = dataclasses.replace(tied, shape=dataclasses.replace(tied.shape, experts=experts)).to_dict()
+
+    with_experts = RunSpec.from_dict(specs["experts"])
+    specs["muon with experts"] = dataclasses.replace(with_experts, optim=make_spec_module("muon").optim).to_dict()
 
     def case(name: str, layout: str, optim: str = "adamw", **fields: Any) -> dict[str, Any]:
         return {"name": name, "spec": specs[optim], "layout": layout, "steps": STEPS, **fields}
