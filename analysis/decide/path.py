@@ -3,8 +3,9 @@
 A run is cut into equal windows. In window k, at fraction f of its D tokens, the mean training loss of a run of the sweep is
 compared with the fitted surface as if the run had ended there, h_k = ln L_k − ln S(N, f·D): the surface carries most of the
 fall, so that h is nearly one curve for all runs and only its rest needs a forecast. The mean over runs counts a run C / largest C
-times; what a plane in ln N and ln D would add at the target is not believed but counted as uncertainty, half of it as a
-standard deviation.
+times. A plane in ln N and ln D would add a trend at the target. Of the held-out curve any share of it from none to all is
+as likely: half is added, and the standard deviation of a uniform share, 1/√12, is uncertainty. Of the channels, whose
+misses of the surface have trends too, it is not believed: half of it is a standard deviation.
 """
 
 from __future__ import annotations
@@ -112,27 +113,31 @@ class Paths:
     def __len__(self) -> int:
         return len(self.specs)
 
-    def _surface(self, spec: RunSpec, fractions: Floats, is_target: bool = False) -> Floats:
-        """ln S(N, f·D)."""
+    def _at(self, spec: RunSpec, fractions: Floats, is_target: bool = False) -> tuple[Floats, Floats]:
+        """N and f·D, of the target what they are worth."""
         convention: ParamsConvention = self.fit.convention["params"]  # type: ignore[assignment]
         n, d = np.array(count_params(spec.shape).count(convention), float), fractions * spec.tokens
-        return np.log(self.fit.predict(*(self.worth(n, d) if self.worth and is_target else (n, d))))
+        return self.worth(n, d) if self.worth and is_target else (n, d)
+
+    def _surface(self, spec: RunSpec, fractions: Floats, is_target: bool = False) -> Floats:
+        """ln S(N, f·D)."""
+        return np.log(self.fit.predict(*self._at(spec, fractions, is_target)))
 
     def _forecast(self, y: Floats, spec: RunSpec) -> tuple[Floats, Floats, Floats]:
-        """Weighted mean (m,), drift (m,) and residuals about the trend in ln N and ln D (R, m) of rows y (R, m)."""
+        """Weighted mean (m,), what the trend adds (m,) and residuals about the trend in ln N and ln D (R, m) of rows y (R, m)."""
         weight = np.exp(self.log_flops - self.log_flops.max())
         mean = weight @ y / weight.sum()
         x = np.array([_place(s) for s in self.specs])
         centre = x.mean(0)
         slope, *_ = np.linalg.lstsq(x - centre, y - y.mean(0), rcond=1e-6)
         residual = y - y.mean(0) - (x - centre) @ slope
-        drift = 0.5 * (y.mean(0) + (_place(spec) - centre) @ slope - mean)
-        return mean, drift, residual
+        return mean, y.mean(0) + (_place(spec) - centre) @ slope - mean, residual
 
     def curve(self, spec: RunSpec, fractions: Floats) -> tuple[Floats, Floats]:
-        """ln(held-out loss / final held-out loss) of a run at fractions of it, and its standard deviation.
+        """ln(held-out loss / final held-out loss) of a run at fractions of it, and the standard deviation of ln held-out loss.
 
-        Between their evaluations the runs' training loss gives the shape, shifted to meet the evaluations.
+        ln L(f) = ln S(N, f·D) + h(f), so that the variance is that of a forecast at N and f·D, in whose reach the law-form error
+        is counted, and that of h. Between their evaluations the runs' training loss gives the shape, shifted to meet them.
         """
         rows = []
         for own, t in zip(self.specs, self.traces, strict=True):
@@ -144,11 +149,13 @@ class Paths:
             shape = t.train_loss - self._surface(own, at)
             shift = np.interp(fractions, t.fractions, anchored - np.interp(t.fractions, at, shape))
             rows.append(np.interp(fractions, at, shape) + shift - anchored[-1])
-        mean, drift, residual = self._forecast(np.array(rows), spec)
+        mean, trend, residual = self._forecast(np.array(rows), spec)
         fallen = self._surface(spec, fractions, True) - self._surface(spec, np.ones(1), True)
-        sd = np.sqrt((residual**2).sum(0) / _freedom(residual) + drift**2)
-        sd[fractions >= 1] = 0.0
-        return fallen + mean, sd
+        variance = (residual**2).sum(0) / _freedom(residual) + trend**2 / 12
+        variance[fractions >= 1] = 0.0
+        return fallen + mean + trend / 2, np.sqrt(
+            variance + self.fit.predictive_sd(*self._at(spec, fractions, True)) ** 2
+        )
 
     def channels(self, spec: RunSpec, final_sd: float) -> list[Channel]:
         """Expected training loss, gradient norm and scatter of a run; none where the runs' metrics are too thin.
@@ -164,10 +171,10 @@ class Paths:
             y = np.array([getattr(t, name) for t in self.traces])
             if name == "train_loss":
                 y = y - np.array([self._surface(s, at) for s in self.specs])
-            mean, drift, residual = self._forecast(y, spec)
+            mean, trend, residual = self._forecast(y, spec)
             if name == "train_loss":
                 mean = mean + self._surface(spec, at, True)
-            out.append(_channel(name, mean, drift, residual, final_sd if name == "train_loss" else None))
+            out.append(_channel(name, mean, trend / 2, residual, final_sd if name == "train_loss" else None))
         return out
 
 

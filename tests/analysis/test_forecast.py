@@ -13,13 +13,15 @@ import pytest
 from analysis.decide import allocate, best_width, family_flops_per_token, make_forecast, write_forecast
 from analysis.decide.forecast import CURVE_POINTS, extrapolation_colour
 from analysis.inference import FitResult, fit_law
+from analysis.inference.uncertainty import t_quantile
 from analysis.laws import compute_optimal
 from analysis.laws.surface import get_law
 from analysis.runs import Runs, load_runs
 from scaling.accounting import count_params, flops_per_token
 from scaling.errors import InputError
 from scaling.records import Forecast
-from scaling.sweepdir import RunDir
+from scaling.spec import RunSpec
+from scaling.sweepdir import RunDir, SweepDir
 
 SURFACE = {"E": 1.0, "A": 60.0, "B": 100.0, "alpha": 0.32, "beta": 0.30}
 """The surface of make_sweep."""
@@ -103,6 +105,44 @@ def test_curve_band_ends_in_the_forecast_and_follows_the_runs(fitted: tuple[FitR
         assert point.loss == pytest.approx(at, rel=0.03)
         assert point.interval_90[0] < at < point.interval_90[1]
     assert forecast.channels == []  # evaluations alone say nothing of the steps between
+
+
+def test_the_band_is_the_forecasts_on_the_way_and_takes_half_of_a_trend(make_sweep: Callable[..., Path]) -> None:
+    """Runs whose loss lies above the surface at (N, f·D) by (1 − f)·.02·ln(N·D/1e10): the plane in ln N, ln D is exact."""
+    path = make_sweep(noise=0.0)
+
+    def lift(spec: RunSpec) -> float:
+        return 0.02 * float(np.log(spec.params.body_head * spec.tokens / 1e10))
+
+    def truth(spec: RunSpec, fraction: float) -> float:
+        n, d = spec.params.body_head, fraction * spec.tokens
+        return SURFACE["E"] + SURFACE["A"] * n ** -SURFACE["alpha"] + SURFACE["B"] * d ** -SURFACE["beta"]
+
+    specs = [RunDir(p.parent).spec() for p in path.glob("runs/*/spec.json")]
+    for spec in specs:
+        rows = [
+            {
+                "step": k,
+                "tokens": spec.tokens * k // 20,
+                "val_loss": truth(spec, k / 20) * np.exp((1 - k / 20) * lift(spec)),
+            }
+            for k in range(1, 21)
+        ]
+        SweepDir(path).run(spec.run_id).metrics_jsonl.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    runs = load_runs(path)
+    fit = fit_law(runs, "chinchilla", draws=100)
+    forecast = make_forecast(fit, runs, 1e13)
+    weight = np.array([spec.flops for spec in specs])
+    mean = float(weight @ [lift(spec) for spec in specs] / weight.sum())
+    n, full = forecast.spec.params.body_head, lift(forecast.spec)
+    for k, point in enumerate(forecast.curve, 1):
+        left = 1 - k / 20
+        expected = np.log(truth(forecast.spec, k / 20)) + left * (mean + full) / 2
+        assert np.log(point.loss) == pytest.approx(expected, abs=1e-3)
+        trend = left * (full - mean)
+        sd = np.hypot(float(fit.predictive_sd(n, point.tokens)), trend / 12**0.5)
+        half = np.log(point.interval_90[1] / point.interval_90[0]) / 2
+        assert half == pytest.approx(t_quantile(0.9, fit.freedom) * sd, rel=0.05)
 
 
 def test_no_curve_without_metrics(make_sweep: Callable[..., Path]) -> None:
