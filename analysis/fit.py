@@ -183,7 +183,7 @@ def main(argv: list[str]) -> int:
         dropped=dropped,
         limits=questions.limits(args, fit, runs),
     )
-    said = questions.priced(args, said)
+    said = questions.with_experts(args, questions.priced(args, said))
     _write(args, said)
     return 0
 

@@ -104,6 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--overtrain", type=float, metavar="F", help="D/N is F times the compute-optimal one")
     add("--tokens-per-param", type=float, metavar="R", help="D/N")
+    add(
+        "--experts",
+        nargs="+",
+        metavar="E",
+        help="with --law experts: of these numbers of experts (1: dense; auto: those of the runs) the one of least loss",
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -122,6 +128,8 @@ def check(args: argparse.Namespace) -> None:
     given = [f"--{n.replace('_', '-')}" for n in ("budget", "gpu_hours", "usd") if getattr(args, n) is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} conflict: each is a budget; give one")
+    if bad := [e for e in args.experts or () if e != "auto" and not (e.isdecimal() and int(e) > 0)]:
+        raise InputError(f"--experts {bad[0]}: give whole numbers from 1 on, or auto")
     if args.serve_mfu and not args.served_tokens:
         raise InputError(f"--serve-mfu {args.serve_mfu:g}: of what? give --served-tokens too")
 
@@ -170,6 +178,35 @@ def limits(args: argparse.Namespace, fit: FitResult, runs: Runs) -> Limits:
         tokens_per_param=args.tokens_per_param,
         overtrain=args.overtrain,
     )
+
+
+def with_experts(args: argparse.Namespace, said: Answer) -> Answer:
+    """The answer with the number of experts that was asked about, or with why this fit cannot tell.
+
+    Raises:
+        InputError: runs or budgets that the law experts cannot be asked about.
+    """
+    if args.experts is None:
+        return said
+    if "experts" not in said.fit.surface.variables:
+        reason = (
+            f"--experts {' '.join(args.experts)}: the law {said.fit.law} has no number of experts, so this fit cannot tell which is "
+            "best; python -m scaling.sweep +grid=experts measures several beside the dense model, and --law experts fits them"
+        )
+        return replace(said, warnings=(*said.warnings, reason))
+    from analysis.decide.experts import choose_experts
+
+    in_sweep = sorted({int(e) for e in said.runs.table["experts"]}) if "experts" in said.runs.table else [1]
+    counts = [n for e in args.experts for n in (in_sweep if e == "auto" else [int(e)])]
+    total = (
+        params_in_memory(args.serve_memory_gb * 1e9, args.bytes_per_param) if args.serve_memory_gb else float("inf")
+    )
+    active = args.max_active_params or float("inf")
+    if args.serve_ms_per_token:
+        bandwidth = money(args).device.bandwidth * args.serve_devices
+        active = min(active, params_in_time(args.serve_ms_per_token / 1e3, bandwidth, args.bytes_per_param))
+    bounds = min(total, args.max_params or float("inf")), active
+    return replace(said, experts=tuple(choose_experts(said.fit, said.runs, c, counts, *bounds) for c in said.budgets))
 
 
 def priced(args: argparse.Namespace, said: Answer) -> Answer:

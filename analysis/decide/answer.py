@@ -31,6 +31,7 @@ from scaling.errors import InputError
 
 if TYPE_CHECKING:  # the layout planner, of which only a plan asks
     from analysis.decide.cluster import ClusterPlan
+    from analysis.decide.experts import ExpertsChoice
     from scaling.cost import Cost
 
 ABSURD = 1e5
@@ -69,6 +70,8 @@ class Answer:
     """Of the allocations' training at the MFU asked for, where a device or money was."""
     plan: ClusterPlan | None = None
     """Of the first budget, where a number of devices was given."""
+    experts: tuple[ExpertsChoice, ...] = ()
+    """At the budgets, where numbers of experts were asked about and the law knows them."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the command."""
@@ -99,6 +102,7 @@ class Answer:
             "limits": self.limits.to_dict(),
             "costs": [{k: v for k, v in vars(c).items() if k != "ranges"} for c in self.costs],
             "plan": None if self.plan is None else self.plan.to_dict(),
+            "experts": [choice.to_dict() for choice in self.experts],
             "target": None if self.target is None else self.target.to_dict(),
             "predictions": list(self.predictions),
             "approaches": self.approaches,

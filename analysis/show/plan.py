@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from analysis.decide.allocate import Allocation
 from analysis.decide.cluster import ClusterPlan
+from analysis.decide.experts import ExpertsChoice
 from analysis.show.numbers import flops, interval, percent, si
 from scaling.accounting import count_params
 from scaling.cost import Cost
@@ -19,6 +20,25 @@ def cost_lines(costs: Sequence[Cost], allocations: Sequence[Allocation]) -> list
         f"({c.mfu:.0%} of the peak), {c.cost_usd:,.0f} USD"
         for c, a in zip(costs, allocations, strict=True)
     ]
+
+
+def experts_lines(choice: ExpertsChoice) -> list[str]:
+    """Every number of experts at one budget, and which is best."""
+    lines = [
+        f"how many experts, at {flops(choice.budget_flops)} and the runs' {choice.tokens_per_param:.3g} tokens for a parameter that a "
+        "token meets"
+    ]
+    for c in choice.candidates:
+        remarks = [] if c.fits else ["does not fit"]
+        remarks += [] if c.measured else ["not in the runs' range"]
+        lines.append(
+            f"  {c.experts:>4}  {si(c.n_active)} met, {si(c.n_total)} in all, {si(c.n_tokens)} tokens  loss {c.loss:.4f}"
+            + (f"  ({', '.join(remarks)})" if remarks else "")
+        )
+    if choice.best is None:
+        return [*lines, "  none of them fits: raise the bound or ask about fewer"]
+    said = f"  best: {choice.best}, in {choice.share:.0%} of the resamples too"
+    return [*lines, f"{said}; fewer parameters on more tokens than that ratio: the law does not say"]
 
 
 def plan_lines(plan: ClusterPlan) -> list[str]:

@@ -55,6 +55,11 @@ def answer_text(said: Answer, colour: bool = False) -> str:
 
         parts += ["", *cost_lines(said.costs, said.allocations)]
         parts += ["", *plan_lines(said.plan)] if said.plan is not None else []
+    if said.experts:
+        from analysis.show.plan import experts_lines
+
+        for choice in said.experts:
+            parts += ["", *experts_lines(choice)]
     if said.target is not None:
         parts += ["", f"the cheapest compute for a loss of {said.target.loss:g}", _target(said, colour)]
     if said.predictions:
