@@ -15,6 +15,7 @@ from scaling.config import identity_dict
 from scaling.errors import InputError
 from scaling.shape import ModelShape, ShapeFamily
 from scaling.spec import DataSpec
+from train.model.attention import Packing
 from train.model.decoder import Decoder
 from train.model.loss import linear_cross_entropy
 
@@ -208,7 +209,7 @@ def test_with_a_document_mask_a_packed_document_is_read_as_if_alone() -> None:
     packed = torch.cat((first, second), dim=1)
     with torch.no_grad():
         crossing = model(packed)
-        model.document_end = end
+        model.packing = Packing(end)
         masked = model(packed)
         torch.testing.assert_close(masked[:, :5], model(first))
         torch.testing.assert_close(masked[:, :5], crossing[:, :5])  # the first document sees what it saw

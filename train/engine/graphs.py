@@ -7,7 +7,7 @@ kernels alone compute; clipping and the optimizers, whose learning rate changes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +52,14 @@ class CapturedPass:
     Args:
         work: the pass.
         parameters: what it has gradients for; they must stay at their addresses.
+        variant: what else its kernels depend on: when this changes they are captured anew.
     """
 
-    def __init__(self, work: Pass, parameters: Iterable[nn.Parameter]) -> None:
-        self._work, self._parameters = work, list(parameters)
+    def __init__(
+        self, work: Pass, parameters: Iterable[nn.Parameter], variant: Callable[[], Hashable] = lambda: None
+    ) -> None:
+        self._work, self._parameters, self._variant = work, list(parameters), variant
+        self._captured_of = variant()
         self._gradients: list[Tensor] = []
         self._replays: dict[tuple[int, ...], _Replay] = {}
 
@@ -70,6 +74,10 @@ class CapturedPass:
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Add the gradients of one batch. Returns its loss, in a tensor that the next call overwrites."""
+        variant = self._variant()
+        if variant != self._captured_of:
+            self._replays.clear()
+            self._captured_of = variant
         replay = self._replays.get(tuple(inputs.shape))
         if replay is None:
             replay = self._replays[tuple(inputs.shape)] = self._capture(inputs.clone(), targets.clone())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from scaling.errors import InputError
 from scaling.spec import RunSpec
-from train.model.kernels import Compile, Recompute
+from train.model.kernels import Attention, Compile, Recompute
 
 if TYPE_CHECKING:
     from train.engine.stacked import Member
@@ -33,6 +33,9 @@ class Host:
     compile: Compile = "none"
     """none | block | whole | auto: torch.compile of each layer, or of the model; auto: block on runs of over two minutes.
     It moves results by rounding, so the runs of a sweep share one setting."""
+    attention: Attention = "auto"
+    """auto | sdpa | flash3 | flash4: torch's own kernels, or FlashAttention-3 or 4; auto: the fastest that the GPU and its
+    packages have (train.model.kernels). It moves results by rounding."""
     recompute: Recompute | Literal["budget"] = "none"
     """none | selective | full: what the backward pass computes again instead of keeping it; results are the same bits.
     budget: the least of it that fits (train.engine.memory), which may be full of the first layers alone."""

@@ -10,6 +10,7 @@ Shape suffixes: R runs, B batch, T sequence, D width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaling.spec import RunSpec
+from train.model.attention import Packing
 from train.model.decoder import Decoder
 from train.model.layers import NORM_EPS, Linear, RMSNorm
 from train.model.loss import linear_cross_entropy
@@ -90,7 +92,7 @@ class StackedDecoder:
         first = self.models[0]
         with torch.device("meta"):
             self.stacked = Decoder(first.shape)
-        self.stacked.dtype, self.stacked.document_end = first.dtype, first.document_end
+        self.stacked.dtype = first.dtype
         self.stacked.cos, self.stacked.sin = first.cos, first.sin
         for path, module in list(self.stacked.named_modules()):
             kind = STACKED.get(type(module))
@@ -119,6 +121,7 @@ class StackedDecoder:
         tied = self.stacked.shape.tied_embeddings
         head_RVD = self.stacked.get_parameter("model.embed_tokens.weight" if tied else "lm_head.weight")
         losses = torch.zeros(len(self.models), device=inputs_RBT.device)
+        self.stacked.packing = max((model.packing for model in self.models), key=_room)
         for inputs, targets in zip(inputs_RBT.split(micro, 1), targets_RBT.split(micro, 1), strict=True):
             hidden_RBTD = self.stacked.hidden(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
             parts = [
@@ -133,6 +136,10 @@ class StackedDecoder:
                 own.grad = gradient
             parameter.grad = None
         return losses
+
+
+def _room(packing: Packing | None) -> float:
+    return 0.0 if packing is None else packing.room or math.inf
 
 
 @dataclass

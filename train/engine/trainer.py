@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scaling.branches import check_branch
-from scaling.cost import run_seconds
 from scaling.errors import InputError
-from scaling.hardware import find_device, match_device
 from scaling.records import Rollback
 from scaling.schedule import lr_factor
 from scaling.spec import RunSpec
@@ -24,6 +22,7 @@ from scaling.sweepdir import RunDir
 from train.data.loader import Corpus, Loader
 from train.data.tokenizer import EOS
 from train.engine import checkpoint
+from train.engine.auto import chosen_compile, set_attention
 from train.engine.energy import EnergyMeter
 from train.engine.evaluation import held_out_bytes_per_token, held_out_loss, source_losses
 from train.engine.graphs import CapturedPass, check_graphs
@@ -32,9 +31,10 @@ from train.engine.optim import UPDATES_EVERY, Optimizers
 from train.engine.progress import Progress
 from train.engine.spike import Spikes
 from train.engine.staging import Writer, staged
+from train.model.attention import Packing
 from train.model.decoder import Decoder
 from train.model.fp8 import check_fp8, use_fp8
-from train.model.kernels import Compile, choose, set_up
+from train.model.kernels import set_up
 
 if TYPE_CHECKING:
     from train.engine.parallel.model import ParallelModel
@@ -65,12 +65,14 @@ class Trainer:
         self.device = torch.device(host.device)
         if host.cuda_graphs:
             check_graphs(self.device, spec.shape)
+        set_attention(spec, host, world)
         if world is None:
             with torch.device("meta"):
                 model = Decoder(spec.shape, spec.precision, spec.multipliers)
             self.model = model.to_empty(device=self.device)
             self.model.initialise(spec.seed)
-            self.model.document_end = EOS if spec.data.document_mask else None
+            if spec.data.document_mask:
+                self.model.packing = Packing.on(self.device, self.model.dtype, spec.shape.dim_per_head, EOS)
             self.compiled = self._set_up(self.model)
             self.optimizers = Optimizers(self.model, spec.optim, spec.precision, None, spec.multipliers)
         else:
@@ -81,7 +83,7 @@ class Trainer:
             self.model = parallel_model(
                 spec, host.layout, host.micro_batch_tokens, host.recompute, world, self.device
             )
-            self.compiled = self._chosen(self.model, self.model.uncompiled) != "none"
+            self.compiled = chosen_compile(spec, host, spec.shape, world, self.model.uncompiled) != "none"
             if self.compiled:
                 self.model.compile()
             self.optimizers = Optimizers(self.model, spec.optim, spec.precision, self.model.mesh, spec.multipliers)
@@ -95,27 +97,12 @@ class Trainer:
         self.progress = Progress()
         self.spikes = None if spec.rollback is None else Spikes(spec.rollback)
         self.parameters = [parameter for _, parameter in self.model.named_parameters()]
-        self.captured = CapturedPass(self._pass, self.parameters) if host.cuda_graphs else None
-
-    def _chosen(self, model: Decoder | ParallelModel, uncompiled: str | None = None) -> Compile:
-        """What is compiled, unless the model cannot be (`uncompiled`: why); says what compile=auto chose."""
-        host = self.host
-        expected_s = 0.0
-        if host.compile == "auto":
-            description = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-            ranks = 1 if self.world is None else self.world.size
-            expected_s = run_seconds(self.spec, match_device(description) or find_device("h100")) / ranks
-        compiled, why = choose(host.compile, expected_s, model.shape)
-        if host.compile == "auto":
-            if compiled != "none" and uncompiled:
-                compiled, why = "none", uncompiled
-            if self.leads:
-                print(f"run {self.spec.run_id}: compile={compiled}: {why}", file=sys.stderr)
-        return compiled
+        self.captured = CapturedPass(self._pass, self.parameters, self._packing) if host.cuda_graphs else None
 
     def _set_up(self, model: Decoder) -> bool:
         """Recomputation and compilation as the host asks. Returns whether it is compiled."""
-        host, compiled = self.host, self._chosen(model)
+        host = self.host
+        compiled = chosen_compile(self.spec, host, model.shape, None)
         if self.spec.precision == "fp8":
             check_fp8(self.device)
             use_fp8(model.model.layers)
@@ -304,6 +291,7 @@ class Trainer:
         spec, after = self.spec, self.spec.tokens_in(self.progress.step + 1)
         tokens = after - spec.tokens_in(self.progress.step)
         scale = spec.batch_tokens / tokens
+        self.model.make_room(inputs_BT)
         if isinstance(self.model, Decoder):
             loss, norm = self._gradients(self.model, inputs_BT, targets_BT, scale)
         else:
@@ -352,6 +340,10 @@ class Trainer:
             )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, spec.optim.clip_norm)
         return float(loss), float(norm)
+
+    def _packing(self) -> Packing | None:
+        assert isinstance(self.model, Decoder)
+        return self.model.packing
 
     def _pass(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """Add a micro-batch's share of the gradients of the mean loss. Returns its summed loss."""

@@ -1,11 +1,15 @@
 """The one attention interface: every kernel stands behind `attend`.
 
-Shape suffixes: B batch, T queries' positions, S keys' positions, H query heads, G key/value heads, K size of one head.
+Shape suffixes: B batch, T queries' positions, S keys' positions, H query heads, G key/value heads, K size of one head,
+N borders of documents.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +48,62 @@ class Context:
         return gathered.index_select(1, order).flatten(1, 2)
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch lie: one of the two, as its `Packing` says."""
+
+    mask_B1TS: Tensor | None = None
+    """`document_mask`; with a context its rows are those of this rank's positions."""
+    borders_N: Tensor | None = None
+    """`document_borders`."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How attention stays within the documents that are packed into one sequence.
+
+    Variable-length attention takes the documents' borders instead of a mask. Its time and memory grow with the number of
+    borders that it is given, used or not, and compiled code and captured graphs want that number to stay.
+    """
+
+    end: int
+    """The id that ends a document, and belongs to it."""
+    varlen: bool = False
+    """Whether attention is given borders; else a mask."""
+    room: int | None = None
+    """Most documents that a sequence may have with varlen; None: as many as it has tokens."""
+
+    @classmethod
+    def on(
+        cls, device: torch.device, dtype: torch.dtype, head_dim: int, end: int, in_context: bool = False
+    ) -> Packing:
+        """Varlen where it can be had (`takes_varlen`), else a mask."""
+        return cls(end, takes_varlen(capability_of(device), dtype, head_dim, in_context) and varlen_found())
+
+    def documents(self, tokens_BS: Tensor, rows: Tensor | slice = slice(None)) -> Documents:
+        """Of these ids, without waiting for the device.
+
+        Args:
+            rows: the queries' positions, where ranks share the sequence.
+        """
+        if self.varlen:
+            return Documents(borders_N=document_borders(tokens_BS, self.end, self.room or tokens_BS.shape[1]))
+        return Documents(document_mask(tokens_BS, self.end)[:, :, rows])
+
+    def with_room(self, tokens_BS: Tensor) -> Packing:
+        """This, or one with room for the documents of these ids: a power of two, so that it seldom changes.
+
+        Args:
+            tokens_BS: on the CPU.
+        """
+        if not self.varlen:
+            return self
+        most = int((tokens_BS[:, :-1] == self.end).sum(1).max()) + 1
+        if self.room is not None and most <= self.room:
+            return self
+        return dataclasses.replace(self, room=min(1 << (most - 1).bit_length(), tokens_BS.shape[1]))
+
+
 def document_mask(tokens_BT: Tensor, end: int) -> Tensor:
     """Which positions see which, (B, 1, T, T): those of their own document, none later.
 
@@ -56,22 +116,72 @@ def document_mask(tokens_BT: Tensor, end: int) -> Tensor:
     return same_BTT.tril()[:, None]
 
 
+def document_borders(tokens_BT: Tensor, end: int, room: int) -> Tensor:
+    """First token of each document among the B·T, then B·T: int32, (B·room + 1,), whatever the number of documents.
+
+    Args:
+        end: the id that ends a document, and belongs to it; so does each sequence's last token.
+        room: most documents of a sequence, on average over the batch.
+    Raises:
+        RuntimeError: there are more (on a GPU, when the device comes to it).
+    """
+    begins_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = tokens_BT[:, :-1] == end
+    number_T = begins_BT.flatten().cumsum(0)
+    asked_N = torch.arange(1, tokens_BT.shape[0] * room + 2, device=tokens_BT.device)
+    borders_N = torch.searchsorted(number_T, asked_N, out_int32=True)
+    torch._assert_async(borders_N[-1] == tokens_BT.numel(), "more documents than Packing.room: with_room comes first")
+    return borders_N
+
+
+@cache
+def varlen_found() -> bool:
+    """Whether this torch has variable-length attention for grouped heads: torch 2.13 has; its import takes seconds."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def takes_varlen(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, in_context: bool) -> bool:
+    """Whether variable-length attention can be had, where torch has it: on flash attention's kernels alone.
+
+    Args:
+        capability: the device's compute capability; None: it is no CUDA device.
+        dtype: of queries, keys and values.
+        in_context: whether ranks share each sequence: keys then reach beyond this rank's queries.
+    """
+    if capability is None or capability < (8, 0) or in_context:
+        return False
+    return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None: of another."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def attend(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
     v_BTGK: Tensor,
     context: Context | None = None,
-    mask_B1TS: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Causal softmax(q·kᵀ/√K)·v; query head h reads key/value head h·G/H.
 
     Args:
         q_BTHK: queries, of as many positions as there are keys, or of the last position alone.
         context: where ranks share the sequence: queries, keys and values are this rank's.
-        mask_B1TS: `document_mask`, instead of the causal one; with a context its rows are those of this rank's positions.
+        documents: which attention stays within; None: it does not.
     Returns:
         (B, T, H, K).
     """
+    if documents is not None and documents.borders_N is not None:
+        assert context is None
+        return _varlen(q_BTHK, k_BTGK, v_BTGK, documents.borders_N)
+    mask_B1TS = None if documents is None else documents.mask_B1TS
     if context is not None:
         k_BSGK, v_BSGK = context.whole(k_BTGK), context.whole(v_BTGK)
         parts = []
@@ -85,6 +195,25 @@ def attend(
         return torch.cat(parts, dim=1)
     assert q_BTHK.shape[1] in (1, k_BTGK.shape[1])
     return _softmax(q_BTHK, k_BTGK, v_BTGK, mask_B1TS)
+
+
+def _varlen(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, borders_N: Tensor) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # seconds: a mask never needs it
+
+    batch, longest, heads, _ = q_BTHK.shape
+    out = varlen_attn(
+        q_BTHK.flatten(0, 1),
+        k_BTGK.flatten(0, 1),
+        v_BTGK.flatten(0, 1),
+        borders_N,
+        borders_N,
+        longest,
+        longest,
+        window_size=(-1, 0),
+        enable_gqa=heads != k_BTGK.shape[2],
+    )
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (batch, longest))
 
 
 def _softmax(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None = None) -> Tensor:

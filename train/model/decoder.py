@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scaling.shape import ModelShape
 from scaling.transfer import Multipliers
-from train.model.attention import Context, attend, document_mask
+from train.model.attention import Context, Documents, Packing, attend
 from train.model.cache import KVCache, LayerCache
 from train.model.experts import SparseMLP, routers
 from train.model.layers import MLP, Linear, RMSNorm
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: LayerCache | None = None,
-        mask_B1TT: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(heads)), cos, sin)
@@ -76,7 +76,7 @@ class Attention(nn.Module):
             q_BTHK = q_BTHK * self.scale
         if cache is not None:
             k_BTGK, v_BTGK = cache.extend(k_BTGK, v_BTGK)
-        return self.o_proj(attend(q_BTHK, k_BTGK, v_BTGK, self.context, mask_B1TT).flatten(2))
+        return self.o_proj(attend(q_BTHK, k_BTGK, v_BTGK, self.context, documents).flatten(2))
 
 
 class Layer(nn.Module):
@@ -96,9 +96,9 @@ class Layer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: LayerCache | None = None,
-        mask_B1TT: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self._scaled(self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache, mask_B1TT))
+        x_BTD = x_BTD + self._scaled(self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache, documents))
         return x_BTD + self._scaled(self.mlp(self.post_attention_layernorm(x_BTD)))
 
     def _scaled(self, addend_BTD: Tensor) -> Tensor:
@@ -139,8 +139,8 @@ class Decoder(nn.Module):
         for name in ("cos", "sin"):
             table_TK = torch.empty(shape.seq_len, 1, shape.dim_per_head, dtype=self.dtype)
             self.register_buffer(name, table_TK, persistent=False)
-        self.document_end: int | None = None
-        """The id that ends a document, where attention stays within documents; None: it does not."""
+        self.packing: Packing | None = None
+        """How attention stays within documents; None: it does not."""
 
     @classmethod
     def of_weights(cls, shape: ModelShape, weights: Mapping[str, Tensor], precision: str = "fp32") -> Decoder:
@@ -165,12 +165,17 @@ class Decoder(nn.Module):
         cos, sin = self.cos[positions], self.sin[positions]
         caches = [None] * self.shape.depth if cache is None else cache.layers
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.dtype)
-        mask_B1TT = None
-        if self.document_end is not None and cache is None:
-            mask_B1TT = document_mask(tokens_BT, self.document_end)
+        documents = None
+        if self.packing is not None and cache is None:
+            documents = self.packing.documents(tokens_BT)
         for layer, layer_cache in zip(self.model.layers, caches, strict=True):
-            x_BTD = layer(x_BTD, cos, sin, layer_cache, mask_B1TT)
+            x_BTD = layer(x_BTD, cos, sin, layer_cache, documents)
         return self.model.norm(x_BTD)
+
+    def make_room(self, tokens_BT: Tensor) -> None:
+        """Before a batch: see that `packing` has room for its documents. The ids are still on the CPU."""
+        if self.packing is not None:
+            self.packing = self.packing.with_room(tokens_BT)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) in the compute dtype, for ids (B, T), T ≤ seq_len."""

@@ -1,9 +1,11 @@
-"""How a model is run, none of which is part of what it computes but for rounding: compilation and recomputation."""
+"""How a model is run, none of which is part of what it computes but for rounding: compilation, recomputation, attention's kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+import importlib
+import threading
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +21,37 @@ if TYPE_CHECKING:
 Compile = Literal["none", "block", "whole", "auto"]
 Recompute = Literal["none", "selective", "full"]
 
-_aten = torch.ops.aten
 ATTENTION = frozenset(
-    getattr(_aten, name).default
-    for name in (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
+    (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
     )
 )
+"""Operators that attention calls, by name: the last exists from its first call on. FlashAttention-3 and 4 stand behind them."""
+Attention = Literal["auto", "sdpa", "flash3", "flash4"]
+
+
+class Flash(NamedTuple):
+    """Kernels that torch calls in place of its own flash attention."""
+
+    implementation: str
+    """Its name in torch.nn.attention."""
+    module: str
+    """What has to be importable."""
+    capabilities: tuple[int, ...]
+    """Major compute capabilities that it runs on."""
+
+
+FLASH: Mapping[str, Flash] = {
+    "flash3": Flash("FA3", "flash_attn_interface", (9,)),
+    "flash4": Flash("FA4", "flash_attn.cute.interface", (9, 10)),
+}
+BEST: Mapping[int, Literal["flash3", "flash4"]] = {9: "flash3", 10: "flash4"}
+"""What attention=auto takes on a major compute capability: Shah et al. 2024, arXiv 2407.08608, is for Hopper."""
+_activation = threading.Lock()
 
 
 def _keep_attention_and_half_of_the_products() -> Any:
@@ -36,9 +59,9 @@ def _keep_attention_and_half_of_the_products() -> Any:
     products = {True: 0, False: 0}
 
     def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        if op in ATTENTION:
+        if op.name() in ATTENTION:
             return CheckpointPolicy.MUST_SAVE
-        if op is _aten.mm.default:
+        if op is torch.ops.aten.mm.default:
             products[context.is_recompute] += 1
             if products[context.is_recompute] % 2:
                 return CheckpointPolicy.MUST_SAVE
@@ -92,3 +115,64 @@ def choose(compiled: Compile, expected_s: float, shape: ModelShape) -> tuple[Com
     if expected_s <= LONG_RUN_S:
         return "none", f"about {expected_s:.0f} s, and compiling pays from {LONG_RUN_S:.0f} s on"
     return "block", f"about {expected_s:.0f} s, longer than {LONG_RUN_S:.0f} s"
+
+
+def importable(kernels: str) -> bool:
+    """Whether the package of one of FLASH can be imported, and this torch knows what to do with it."""
+    from torch.nn import attention
+
+    if FLASH[kernels].implementation not in getattr(attention, "list_flash_attention_impls", list)():
+        return False
+    try:
+        importlib.import_module(FLASH[kernels].module)
+    except (ImportError, OSError, RuntimeError):  # absent, or built for another torch or CUDA
+        return False
+    return True
+
+
+def choose_attention(
+    asked: Attention, capability: tuple[int, int] | None, dtype: torch.dtype, present: Collection[str]
+) -> tuple[Attention, str]:
+    """attention=auto decided, with the reason; another setting is as it is.
+
+    Args:
+        capability: the device's compute capability; None: it is no CUDA device.
+        dtype: of queries, keys and values.
+        present: those of FLASH that are `importable`.
+    Returns:
+        sdpa (torch's own kernels), or one of FLASH.
+    Raises:
+        InputError: kernels are asked for that the device, the precision or the packages do not have.
+    """
+    if asked == "sdpa":
+        return asked, "asked for"
+    kernels = BEST.get(capability[0] if capability else 0) if asked == "auto" else asked
+    if capability is None:
+        missing = "the device is not a CUDA GPU"
+    elif kernels is None or capability[0] not in FLASH[kernels].capabilities:
+        missing = f"there are none for compute capability {capability[0]}.{capability[1]}"
+    elif dtype == torch.float32:
+        missing = "they take no fp32"
+    elif kernels not in present:
+        missing = f"{FLASH[kernels].module} cannot be imported"
+    else:
+        return kernels, f"compute capability {capability[0]}.{capability[1]}" if asked == "auto" else "asked for"
+    if asked != "auto":
+        raise InputError(f"attention={asked}: {missing}: use attention=sdpa, which is torch's own, or attention=auto")
+    return "sdpa", missing
+
+
+def use_attention(kernels: Attention) -> None:
+    """Have this process's attention run on these kernels; cuDNN's, which torch may prefer, are then off."""
+    from torch.nn import attention
+
+    wanted = None if kernels == "sdpa" else FLASH[kernels].implementation
+    with _activation:
+        now = getattr(attention, "current_flash_attention_impl", lambda: None)()
+        if now == wanted:
+            return
+        if wanted is None:
+            attention.restore_flash_attention_impl()
+        else:
+            attention.activate_flash_attention_impl(wanted)
+        torch.backends.cuda.enable_cudnn_sdp(wanted is None)

@@ -62,6 +62,11 @@ class ParallelModel:
         """As nn.Module.eval."""
         self.train(False)
 
+    def make_room(self, tokens_BT: Tensor) -> None:
+        """As Decoder.make_room."""
+        for stage in self.stages:
+            stage.decoder.make_room(tokens_BT)
+
     def _pipeline(self) -> Schedule1F1B | ScheduleInterleaved1F1B | ScheduleInterleavedZeroBubble:
         layout, shape = self.mesh.layout, self.spec.shape
         group = self.mesh.devices["pipeline"].get_group()

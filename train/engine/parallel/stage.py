@@ -17,7 +17,7 @@ from scaling.spec import RunSpec
 from train.data.tokenizer import EOS
 from train.engine.parallel.mesh import Mesh
 from train.engine.parallel.shards import local_part, own_part, split_over_tensor
-from train.model.attention import document_mask
+from train.model.attention import Packing
 from train.model.collectives import gather_sequence, local, scatter_sequence
 from train.model.decoder import Decoder, initial_weight, rotary_tables
 from train.model.experts import routers
@@ -45,6 +45,9 @@ class Stage(nn.Module):
             del decoder.model.embed_tokens
         if not self.is_last:
             del decoder.model.norm, decoder.lm_head
+        if spec.data.document_mask:
+            of = decoder.dtype, spec.shape.dim_per_head, EOS, mesh.context is not None
+            decoder.packing = Packing.on(mesh.device, *of)
         self.decoder = decoder
         self.nll: Tensor = torch.zeros((), device=mesh.device)
         """Summed loss of the micro-batches since it was set to 0."""
@@ -118,14 +121,14 @@ class Stage(nn.Module):
         Args:
             tokens_BS: all ids of the sequences, where attention stays within documents.
         """
-        mask_B1TS = None
+        documents = None
         if tokens_BS is not None:
-            positions = self.mesh.positions(self.spec.shape.seq_len)
-            mask_B1TS = document_mask(tokens_BS, EOS)[:, :, positions]
+            assert self.decoder.packing is not None
+            documents = self.decoder.packing.documents(tokens_BS, self.mesh.positions(self.spec.shape.seq_len))
         if self.is_first:
             x = self._embed(x).to(self.decoder.dtype)
         for layer in self.layers:
-            x = layer(x, self.decoder.cos, self.decoder.sin, None, mask_B1TS)
+            x = layer(x, self.decoder.cos, self.decoder.sin, None, documents)
         if not self.is_last:
             return x
         assert targets_BT is not None
