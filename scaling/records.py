@@ -123,6 +123,8 @@ class RunRecord:
     """MFU with the FLOPs of what the backward pass computed again."""
     data_wait_s: float | None = field(default=None, metadata={"absent": None})
     """Of train_s: waiting for batches."""
+    comm_wait_s: float | None = field(default=None, metadata={"absent": None})
+    """Of train_s: rank 0's waiting for other ranks, on a GPU its stream's; None: one process."""
     energy_j: float | None = field(default=None, metadata={"absent": None})
     """Joules that rank 0's device took in the last attempt, other work on it included; None: it does not tell."""
     recompute: str = field(default="none", metadata={"absent": "none"})

@@ -98,6 +98,8 @@ def test_hung_killed_and_stopped_ranks(make_spec: Callable[..., RunSpec], tmp_pa
     assert together[0] is rows[0]
     assert rows[-1] not in together
     assert all(0 < row["comm_wait_s"] < spec.batch_tokens / row["tokens_per_s"] for row in together)
+    assert record.comm_wait_s == pytest.approx(sum(row["comm_wait_s"] for row in together), abs=1e-3)
+    assert alone.comm_wait_s is None
 
 
 def test_a_refusal_is_one_line(make_spec: Callable[..., RunSpec], tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
-"""The time that a rank waits for others: in collectives and receives, of its own thread alone."""
+"""The time that a rank waits for others: in collectives and receives, of its own thread alone; on a GPU, of its stream."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
+import pytest
+import torch
+
 from scaling.ranks import run_ranks
+from train.engine.parallel.waiting import Waits, events_on
 
 SLOW_S = 0.5
 RANK = f"""
@@ -25,7 +30,6 @@ world = find_world()
 join(world, "cpu")
 apart = world.apart
 world.share(None)
-world.take_wait()
 waited = []
 one = torch.zeros(1)
 beside = threading.Thread(target=lambda: slowly(lambda: apart.agree(False)))
@@ -34,6 +38,7 @@ for work in (
     lambda: slowly(lambda: dist.send(one, 0) if world.rank else dist.recv(one, 1)),
     lambda: (beside.start(), beside.join()),
 ):
+    world.begin_wait()
     work()
     waited.append(world.take_wait())
 Path(sys.argv[1] + str(world.rank)).write_text(json.dumps(waited))
@@ -47,3 +52,73 @@ def test_a_rank_waits_for_a_slower_one(tmp_path: Path) -> None:
     assert min(first[:2]) > 0.8 * SLOW_S  # the ranks leave a collective within microseconds of each other
     assert first[2] == slow[2] == 0
     assert 0 <= slow[0] < first[0]
+
+
+class Stream:
+    """Stands in for a GPU's stream, which this machine may not have: work is queued on it and takes its time there."""
+
+    def __init__(self) -> None:
+        self.free_at = 0.0
+
+    def queue(self, seconds: float) -> None:
+        self.free_at = max(self.free_at, time.monotonic()) + seconds
+
+    def mark(self) -> Event:
+        self.queue(0.0)
+        return Event(self.free_at)
+
+
+class Event:
+    """As torch.cuda.Event: passed when the stream comes to it."""
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def query(self) -> bool:
+        return time.monotonic() >= self.at
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1e3 * (later.at - self.at)
+
+
+def test_a_streams_stall_is_counted_once_it_is_over() -> None:
+    stream = Stream()
+    waits = Waits(stream.mark)
+    collective = waits.timed(lambda: stream.queue(0.2))
+    waits.begin()
+    stream.queue(0.4)  # computation before it is no wait
+    collective()
+    assert waits.take() == 0  # the host is ahead, and does not wait to know
+    time.sleep(0.7)
+    collective()  # between steps: an evaluation's
+    waits.begin()
+    assert waits.take() == pytest.approx(0.2, abs=0.02)
+    time.sleep(0.25)
+    waits.begin()
+    assert waits.take() == 0
+
+
+def test_what_the_host_waits_is_not_counted_on_the_stream_too() -> None:
+    waits = Waits(Stream().mark)
+    waits.begin()
+    waits.timed(lambda: time.sleep(0.1), blocks_host=True)()
+    assert waits.take() == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_events_on_a_gpu() -> None:
+    device = torch.device("cuda:0")
+    waits, beside = Waits(events_on(device)), torch.cuda.Stream(device)
+    cycles = 10**8  # some 50 ms
+
+    def spin() -> None:
+        torch.cuda._sleep(cycles)
+
+    waits.timed(spin)()  # loads the kernel
+    torch.cuda.synchronize()
+    waits.begin()
+    waits.timed(spin)()
+    with torch.cuda.stream(beside):  # training computes elsewhere meanwhile
+        waits.timed(spin)()
+    torch.cuda.synchronize()
+    assert 0.01 < waits.take() < 0.5

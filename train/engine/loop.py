@@ -140,14 +140,6 @@ def _steps(
     val_loss = math.nan
     saved = time.monotonic()
     noted: dict[str, int] = {}
-    bar = tqdm(
-        total=spec.steps,
-        initial=trainer.progress.step,
-        unit="step",
-        disable=not (host.progress and trainer.leads),
-        file=sys.stderr,
-        leave=False,
-    )
 
     def save(keep: bool = False) -> None:
         nonlocal saved
@@ -162,19 +154,9 @@ def _steps(
     timed: Iterator[tuple[torch.Tensor, torch.Tensor, float]] = batches
     if host.profile_steps and lease is not None:
         timed = profiled(timed, host.profile_steps, run.path)
-    with contextlib.closing(batches), bar:
+    with contextlib.closing(batches), _progress_bar(trainer) as bar:
         for inputs_BT, targets_BT, waited_s in timed:
-            start = time.monotonic()
-            if world is not None:
-                world.take_wait()
-            row: dict[str, Any] = trainer.step(inputs_BT, targets_BT)
-            comm_wait_s = None if world is None else world.take_wait()
-            progress = trainer.progress
-            step_s = time.monotonic() - start + waited_s
-            step_tokens = spec.tokens_in(progress.step) - spec.tokens_in(progress.step - 1)
-            progress.train_s += step_s
-            progress.data_wait_s += waited_s
-            row = {"step": progress.step, "tokens": spec.tokens_in(progress.step), **row, **noted}
+            row = _timed_step(trainer, inputs_BT, targets_BT, waited_s) | noted
             noted = {}
             rollback = trainer.spiked(row["train_loss"])
             if rollback is not None and trainer.roll_back(rollback, run.checkpoints):
@@ -184,20 +166,16 @@ def _steps(
                 save()
                 continue
             trainer.watch_loss(row["train_loss"])
-            row |= {"tokens_per_s": round(step_tokens / step_s, 1), "data_wait_s": round(waited_s, 6)}
-            if comm_wait_s is not None:
-                row["comm_wait_s"] = round(comm_wait_s, 6)
             if trainer.is_evaluation_step():
                 val_loss = trainer.evaluate()
-                row["val_loss"] = val_loss
-                row["val_bits_per_byte"] = bits_per_byte(val_loss, trainer.bytes_per_token)
-                row |= {f"val_loss_{name}": loss for name, loss in trainer.source_losses.items()}
+                row |= _evaluation_row(trainer, val_loss)
             said = verdict.look() if lease is not None else None
             if said is not None:
                 row |= said.row
             if log is not None:
                 log.write(row)
-            bar.update(progress.step - bar.n)
+            step = trainer.progress.step
+            bar.update(step - bar.n)
             bar.set_postfix(loss=f"{row['train_loss']:.3f}", refresh=False)
             asked = None if said is None else said.asked
             stop, keep = stop_requested() or asked == "stop", asked == "checkpoint"
@@ -209,11 +187,11 @@ def _steps(
                 save()
                 trainer.writer.wait()
                 raise Interrupted(
-                    f"run {spec.run_id}: stopped at step {progress.step} of {spec.steps}, checkpoint written"
+                    f"run {spec.run_id}: stopped at step {step} of {spec.steps}, checkpoint written"
                     + (f"; the watch asked for it: {said.reason}" if said is not None and asked == "stop" else "")
                 )
             due = due or trainer.is_rollback_step()
-            if (due and progress.step < spec.steps) or progress.step in spec.keep_steps:
+            if (due and step < spec.steps) or step in spec.keep_steps:
                 save(keep)
     if math.isnan(val_loss):  # resumed from the last step's checkpoint: there was no step left to do
         val_loss = trainer.evaluate()
@@ -222,6 +200,58 @@ def _steps(
     save()  # the trained model
     trainer.writer.wait()
     return val_loss
+
+
+def _progress_bar(trainer: Trainer) -> tqdm[Any]:
+    return tqdm(
+        total=trainer.spec.steps,
+        initial=trainer.progress.step,
+        unit="step",
+        disable=not (trainer.host.progress and trainer.leads),
+        file=sys.stderr,
+        leave=False,
+    )
+
+
+def _timed_step(
+    trainer: Trainer, inputs_BT: torch.Tensor, targets_BT: torch.Tensor, waited_s: float
+) -> dict[str, Any]:
+    """One step, the run's clocks with it. Returns its row of metrics.jsonl.
+
+    Args:
+        waited_s: for the batch.
+    """
+    spec, world = trainer.spec, trainer.world
+    start = time.monotonic()
+    if world is not None:
+        world.begin_wait()
+    found = trainer.step(inputs_BT, targets_BT)
+    waited_for_ranks_s = None if world is None else world.take_wait()
+    progress = trainer.progress
+    step_s = time.monotonic() - start + waited_s
+    tokens = spec.tokens_in(progress.step)
+    progress.train_s += step_s
+    progress.data_wait_s += waited_s
+    row = {
+        "step": progress.step,
+        "tokens": tokens,
+        **found,
+        "tokens_per_s": round((tokens - spec.tokens_in(progress.step - 1)) / step_s, 1),
+        "data_wait_s": round(waited_s, 6),
+    }
+    if waited_for_ranks_s is not None:
+        progress.comm_wait_s = (progress.comm_wait_s or 0.0) + waited_for_ranks_s
+        row["comm_wait_s"] = round(waited_for_ranks_s, 6)
+    return row
+
+
+def _evaluation_row(trainer: Trainer, val_loss: float) -> dict[str, float]:
+    """What an evaluation adds to a step's row."""
+    return {
+        "val_loss": val_loss,
+        "val_bits_per_byte": bits_per_byte(val_loss, trainer.bytes_per_token),
+        **{f"val_loss_{name}": loss for name, loss in trainer.source_losses.items()},
+    }
 
 
 def _batches(trainer: Trainer) -> Generator[tuple[torch.Tensor, torch.Tensor, float]]:

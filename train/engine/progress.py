@@ -22,5 +22,7 @@ class Progress:
     wall_s: float = 0.0
     data_wait_s: float = 0.0
     """Of train_s: waiting for batches."""
+    comm_wait_s: float | None = None
+    """Of train_s: waiting for other ranks; None: there were none."""
     skipped_in_a_row: int = 0
     """Steps without an update up to this one."""

@@ -213,7 +213,7 @@ class Trainer:
                 print(f"{rollback}: no checkpoint to go back to, going on", file=sys.stderr)
             return False
         self.spikes.rollbacks = rollbacks
-        for clock in ("train_s", "wall_s", "data_wait_s"):
+        for clock in ("train_s", "wall_s", "data_wait_s", "comm_wait_s"):
             setattr(self.progress, clock, getattr(now, clock))
         if self.leads:  # before the save: a run that is killed here comes to the same spike again
             checkpoint.delete_after(folder, rollback.to_step)
@@ -275,7 +275,7 @@ class Trainer:
                 )
             return
         p = self.progress
-        p.start_step, p.train_s, p.wall_s, p.data_wait_s = p.step, 0.0, 0.0, 0.0
+        p.start_step, p.train_s, p.wall_s, p.data_wait_s, p.comm_wait_s = p.step, 0.0, 0.0, 0.0, None
         tail = spec.steps - self.tail_steps
         p.tail_loss = sum(row["train_loss"] for row in trunk.metrics() if tail < row["step"] <= p.step)
 

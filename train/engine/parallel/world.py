@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import fcntl
-import functools
 import gc
 import hashlib
 import os
@@ -18,7 +17,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -34,6 +32,7 @@ import torch.distributed as dist
 from scaling.errors import InputError
 from scaling.provenance import code_digest, git_commit, versions
 from scaling.ranks import find_place
+from train.engine.parallel.waiting import count_waits, waits
 
 T = TypeVar("T")
 
@@ -95,15 +94,16 @@ class World:
         """Unless called again within that time, print every thread's stack and end this process."""
         faulthandler.dump_traceback_later(timeout_s, exit=True)
 
-    def take_wait(self) -> float | None:
-        """Seconds that this thread has waited for other ranks since the last call; None: on a GPU, whose queue waits instead.
+    def begin_wait(self) -> None:
+        """From here on `take_wait` counts."""
+        waits.begin()
 
-        Every blocking collective, send and receive of gloo ends in Work.wait: data under way and slower ranks alike.
+    def take_wait(self) -> float:
+        """Seconds that this rank has waited for others since `begin_wait`: data under way and slower ranks alike.
+
+        On a GPU, of waits that its stream has come to; the others are in the next call's.
         """
-        if dist.get_backend(self.group) != "gloo":
-            return None
-        seconds, _waited.seconds = _waited.seconds, 0.0
-        return seconds
+        return waits.take()
 
     def report(self, error: BaseException) -> None:
         """Leave word of why this rank ends, for rank 0 to say; the first word stands."""
@@ -133,32 +133,6 @@ class World:
                     return PeerFailed(_store().get(ERROR_KEY).decode())
                 time.sleep(0.1)
         return PeerFailed(f"another rank ended without a word: {error}")
-
-
-class _Waited(threading.local):
-    """By thread, so that a checkpoint written beside training is not counted."""
-
-    seconds = 0.0
-
-
-_waited = _Waited()
-
-
-def _count_waits() -> None:
-    """Have Work.wait add to `_waited`."""
-    wait = dist.Work.wait
-    if hasattr(wait, "__wrapped__"):
-        return
-
-    @functools.wraps(wait)
-    def timed(work: dist.Work, *args: Any, **options: Any) -> Any:
-        start = time.monotonic()
-        try:
-            return wait(work, *args, **options)
-        finally:
-            _waited.seconds += time.monotonic() - start
-
-    dist.Work.wait = timed  # type: ignore[method-assign, assignment]
 
 
 def _store() -> dist.Store:
@@ -205,7 +179,7 @@ def join(world: World, device: str) -> None:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise InputError(f"rank {world.rank} of {world.size} cannot meet the others at {where}: {error}") from None
-    _count_waits()
+    count_waits(device)
     _check_versions(world)
 
 
