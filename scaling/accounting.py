@@ -216,13 +216,15 @@ def training_bytes(
     accumulates: bool = False,
     layers: int | None = None,
     shards: int = 1,
+    document_mask: bool = False,
 ) -> TrainingBytes:
     """Bytes of a training step by part, of eager operators without an allocator's rounding.
 
     A norm keeps its input and the normalised values (fp32) and its output; attention q, k, v, its output and the sums of
     its softmax; the MLP gate, silu, up and their product; an expert's rows three times besides. After the layers: the
     final norm's input and normalised values, and the gradients of the head's input and weight, which the loss computes
-    in its forward pass.
+    in its forward pass. Of a mask of documents each layer keeps its own copy, in what it computes in; recomputation keeps the
+    one of a byte a pair of positions, for all layers.
 
     Args:
         recompute: none | selective | full, as train.run's.
@@ -231,6 +233,7 @@ def training_bytes(
             others' values are gone, so that what it computes again for them is no peak unless all are recomputed.
         shards: ranks that share weights, gradients and optimizer states (FSDP), a layer gathered at a time, into a buffer
             and out of it; the tokens are those of one.
+        document_mask: whether attention is given a mask of documents.
     """
     p = count_params(shape)
     value = 4 if precision == "fp32" else 2
@@ -241,7 +244,8 @@ def training_bytes(
     per_head = 4 * (2 * shape.n_heads + shape.kv_heads) if shape.qk_norm else 4 * shape.n_heads
     normed = 2 * w + (query + kv if shape.qk_norm else 0)
     outputs = 2 * w + 2 * query + 2 * kv + 4 * hidden + (3 * experts.top_k * w if experts else 0)
-    layer = 8 * normed + value * outputs + per_head
+    pairs = shape.seq_len if document_mask else 0
+    layer = 8 * normed + value * (outputs + pairs) + per_head
     kept = {
         "none": layer,
         "selective": value * (2 * w + 2 * query + kv + hidden) + 4 * shape.n_heads,
@@ -265,7 +269,8 @@ def training_bytes(
         optimizer=4 * (2 * p.total - (matrices if optimizer == "muon" else 0)) // shards,
         gradients=4 * p.total // shards,
         update=max(0, round(stacked * p.mlp / shards) - freed) if optimizer == "muon" else 0,
-        activations=micro_batch_tokens * (recomputed * kept + (shape.depth - recomputed) * layer + (8 + value) * w)
+        activations=micro_batch_tokens
+        * (recomputed * kept + (shape.depth - recomputed) * layer + (8 + value) * w + (pairs if recomputed else 0))
         + 4 * head
         + copies * (shape.depth - recomputed) // shape.depth,
         working=working,

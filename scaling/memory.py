@@ -98,6 +98,8 @@ class Settings:
     """How many layers are recomputed, from the first on; None: all."""
     shards: int = 1
     """Ranks that share weights, gradients, optimizer states and the batch (FSDP)."""
+    varlen: bool = False
+    """Whether attention within documents is given their borders, not a mask."""
 
     def step_bytes(self, spec: RunSpec) -> TrainingBytes:
         """Memory of a training step of the run, by part, on one rank."""
@@ -112,6 +114,7 @@ class Settings:
             accumulates=rank_tokens > micro_batch,
             layers=self.layers,
             shards=self.shards,
+            document_mask=spec.data.document_mask and not self.varlen,
         )
 
     def recomputed_flops(self, spec: RunSpec) -> float:

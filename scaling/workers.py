@@ -23,6 +23,8 @@ class WorkerSettings:
     compile: Literal["none", "block", "whole", "auto"] = "none"
     """torch.compile of each layer, or of the model: one setting for all runs, as it moves results by rounding; auto: of each
     layer in the runs that are expected to take over two minutes."""
+    attention: Literal["auto", "sdpa", "flash3", "flash4"] = "auto"
+    """Attention's kernels: torch's own, FlashAttention-3 or 4; auto: the best that a GPU and its packages have."""
     recompute: Literal["none", "selective", "full", "budget"] = "none"
     """What the backward pass computes again, to save memory; budget: the least of it that fits memory_budget_bytes."""
     memory_budget_bytes: float | None = None
@@ -59,6 +61,8 @@ class WorkerSettings:
         options |= {
             f"--{name}": value for name in ("compile", "recompute") if (value := getattr(self, name)) != "none"
         }
+        if self.attention != "auto":
+            options["--attention"] = self.attention
         if layout:
             options["--layout"] = layout
         if self.memory_budget_bytes is not None:

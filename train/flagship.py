@@ -213,6 +213,7 @@ def _train(settings: FlagshipSettings, path: Path, run: RunDir, threads: int) ->
         micro_batch_tokens=settings.launcher.micro_batch_tokens,
         checkpoint_every_s=settings.launcher.checkpoint_every_s,
         compile=settings.launcher.compile,
+        attention=settings.launcher.attention,
         recompute=settings.launcher.recompute,
         memory_budget_bytes=settings.launcher.memory_budget_bytes,
         cuda_graphs=settings.launcher.cuda_graphs,

@@ -23,6 +23,7 @@ from scaling.steptime import Layout
 from scaling.sweepdir import LAUNCH_VARIABLE, Lease, LostLease, RunDir, SweepDir
 
 if TYPE_CHECKING:
+    from scaling.spec import RunSpec
     from train.engine import Host
     from train.engine.parallel.world import World
 
@@ -64,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         default="none",
         choices=["none", "block", "whole", "auto"],
         help="torch.compile of each layer or of the model; auto: block where a run takes over two minutes (default none)",
+    )
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=["auto", "sdpa", "flash3", "flash4"],
+        help="its kernels: torch's own, FlashAttention-3 or 4; auto: the best that the GPU and its packages have (default)",
     )
     parser.add_argument(
         "--recompute",
@@ -133,6 +140,7 @@ def main(argv: list[str]) -> int:
         progress=args.sweep is None and sys.stderr.isatty(),
         layout=args.layout,
         compile=args.compile,
+        attention=args.attention,
         recompute=args.recompute,
         memory_budget_bytes=args.memory_budget,
         cuda_graphs=args.cuda_graphs,
@@ -251,7 +259,7 @@ def _attempt(run: RunDir, host: Host, lease: Lease, world: World | None = None) 
     micro_batch = min(host.micro_batch_tokens, spec.batch_tokens, run.micro_batch_limit() or spec.batch_tokens)
     micro_batch = max(micro_batch, spec.shape.seq_len)
     host = dataclasses.replace(host, micro_batch_tokens=micro_batch)
-    write_json(lease.folder / "provenance.json", _provenance(host, micro_batch, world))
+    write_json(lease.folder / "provenance.json", _provenance(spec, host, world))
     if world is not None:
         world.share((run.path.name, micro_batch))
     try:
@@ -272,17 +280,17 @@ def _attempt(run: RunDir, host: Host, lease: Lease, world: World | None = None) 
     return True
 
 
-def _provenance(host: Host, micro_batch_tokens: int, world: World | None) -> dict[str, object]:
+def _provenance(spec: RunSpec, host: Host, world: World | None) -> dict[str, object]:
     """What an attempt ran on: code, libraries, device, memory, host, SLURM job."""
     from train.engine.memory import room, settings
 
-    memory = {"settings": to_dict(settings(host, world)), "room": to_dict(room(host.device))}
+    memory = {"settings": to_dict(settings(spec, host, world)), "room": to_dict(room(host.device))}
     return {
         "commit": git_commit(),
         "versions": versions("torch", "numpy", "tokenizers", "isoflop"),
         "device": host.device,
         "threads": host.threads,
-        "micro_batch_tokens": micro_batch_tokens,
+        "micro_batch_tokens": host.micro_batch_tokens,
         "memory": memory,
         "host": socket.gethostname(),
         "slurm": slurm_ids(),

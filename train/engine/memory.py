@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from scaling.layout import layout_values
 from scaling.memory import (
     DoesNotFit,
     Room,
@@ -21,7 +22,10 @@ from scaling.memory import (
     host_room,
 )
 from scaling.spec import RunSpec
+from train.data.tokenizer import EOS
 from train.engine.host import Host
+from train.model.attention import Packing
+from train.model.precision import compute_dtype
 
 if TYPE_CHECKING:
     from train.engine.parallel.world import World
@@ -37,10 +41,19 @@ def room(device: str) -> Room:
     return Room(total, f"the memory of {torch.cuda.get_device_name(kind)}", others)
 
 
-def settings(host: Host, world: World | None) -> Settings:
+def settings(spec: RunSpec, host: Host, world: World | None) -> Settings:
     """What the accounting is asked with: all ranks of a world share the weights."""
     recompute = "none" if host.recompute == "budget" else host.recompute
-    return Settings(host.micro_batch_tokens, recompute, host.recompute_layers, 1 if world is None else world.size)
+    ranks = 1 if world is None else world.size
+    return Settings(host.micro_batch_tokens, recompute, host.recompute_layers, ranks, _varlen(spec, host))
+
+
+def _varlen(spec: RunSpec, host: Host) -> bool:
+    if not spec.data.document_mask:
+        return False
+    in_context = bool(host.layout) and int(layout_values(host.layout).get("context", 1)) > 1
+    of = compute_dtype(spec.precision), spec.shape.dim_per_head, EOS, in_context
+    return Packing.on(torch.device(host.device), *of).varlen
 
 
 def settle(spec: RunSpec, host: Host, world: World | None = None) -> Host:
@@ -51,7 +64,7 @@ def settle(spec: RunSpec, host: Host, world: World | None = None) -> Host:
     """
     if host.member is not None:  # its stack trains in one step
         return host
-    asked, there = settings(host, world), room(host.device)
+    asked, there = settings(spec, host, world), room(host.device)
     if host.recompute == "budget":
         budget = host.memory_budget_bytes or there.free_bytes
         asked = choose_recompute(spec, asked, budget)
@@ -83,7 +96,7 @@ def explained(spec: RunSpec, host: Host, world: World | None = None) -> Iterator
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise DoesNotFit(explain(spec, settings(host, world), there, has_failed=True)) from error
+        raise DoesNotFit(explain(spec, settings(spec, host, world), there, has_failed=True)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

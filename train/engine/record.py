@@ -56,7 +56,7 @@ def make_record(trainer: Trainer, lease: Lease, status: Status, loss: float | No
         data_wait_s=progress.data_wait_s,
         comm_wait_s=progress.comm_wait_s,
         energy_j=trainer.energy.joules(),
-        recompute=describe_recompute(settings(trainer.host, trainer.world)),
+        recompute=describe_recompute(settings(spec, trainer.host, trainer.world)),
         source_losses=trainer.source_losses if status == "ok" else {},
         source_epochs=source_epochs(spec, corpus.manifest, tokens) if spec.data.mixture else {},
         start_step=progress.start_step,
