@@ -27,7 +27,7 @@ SETTINGS = [
 ]  # fmt: skip
 SEEDS = "seed=0,1,2"
 N_RUNS, STEPS = 6, 120
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 """For what takes a few seconds on a quiet machine."""
 
 Launch = Callable[..., "subprocess.Popen[str]"]

@@ -26,7 +26,7 @@ SLURM = [
     "launcher.checkpoint_every_s=0.2", "launcher.signal_delay_s=60",
 ]  # fmt: skip
 STEPS = 120
-PATIENCE_S = 150.0
+PATIENCE_S = 600.0
 """For what takes some seconds on a quiet machine."""
 
 
