@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from scaling.ranks import run_ranks
-from train.engine.parallel.waiting import Waits, events_on
+from train.engine.parallel.waiting import Waits, events_on, is_beside
 
 SLOW_S = 0.5
 RANK = f"""
@@ -103,6 +105,23 @@ def test_what_the_host_waits_is_not_counted_on_the_stream_too() -> None:
     waits.begin()
     waits.timed(lambda: time.sleep(0.1), blocks_host=True)()
     assert waits.take() == pytest.approx(0.1, abs=0.05)
+
+
+def test_whose_waits_a_stream_has() -> None:
+    found: list[bool] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        found.append(is_beside())
+        ended.set()
+
+    beside = threading.Thread(target=look)
+    beside.start()
+    beside.join()
+    ended.clear()
+    _thread.start_new_thread(look, ())  # as a library's own, which is no threading.Thread
+    assert ended.wait(10)
+    assert [is_beside(), *found] == [False, True, False]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

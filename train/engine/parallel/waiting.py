@@ -30,7 +30,7 @@ CALLS = (
 """Of a process group: what a blocking collective on the stream of computation runs in; torch 2.13's names and those before."""
 
 Mark = Callable[[], Any]
-"""An event on the stream of computation, or None on another stream, where nothing of training waits."""
+"""An event on the stream of computation, or None on another stream or in a thread beside, where nothing of training waits."""
 
 
 class _Waited(threading.local):
@@ -94,12 +94,17 @@ class Waits:
         return seconds
 
 
+def is_beside() -> bool:
+    """Whether this is a thread that Python code started, as a checkpoint's; training's are the main one and autograd's own."""
+    return type(threading.current_thread()) is threading.Thread
+
+
 def events_on(device: torch.device) -> Mark:
     """Events with times on a GPU's stream of computation, its default one."""
     stream = torch.cuda.default_stream(device)
 
     def mark() -> torch.cuda.Event | None:
-        if torch.cuda.current_stream(device) != stream:
+        if is_beside() or torch.cuda.current_stream(device) != stream:
             return None
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
