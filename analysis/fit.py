@@ -19,6 +19,7 @@ from analysis.inference.conventions import ConventionFit, compare_conventions
 from analysis.inference.diagnostics import beyond_n_and_d
 from analysis.inference.fitting import DRAWS, LARGE
 from analysis.inference.holdout import hold_out
+from analysis.inference.repetition import fresh, repetition_of, split_repeats
 from analysis.inference.solver import ROBUST, get_robust
 from analysis.laws import LAWS
 from analysis.laws.surface import get_law
@@ -160,7 +161,8 @@ def main(argv: list[str]) -> int:
     path, columns = _data(args.data), _columns(args.columns)
     dropped = [run_id.strip() for run_id in (args.drop or "").split(",") if run_id.strip()]
     runs = load_runs(path, columns, args.convention, args.flops, args.loss_unit, args.vocab_size, args.checkpoints)
-    runs = drop(runs, dropped)
+    everything = drop(runs, dropped)
+    runs, worth = split_repeats(everything, args.law, robust)
     if args.hold_out is not None:
         return _hold_out(args, runs)
     if args.out is not None and runs.plan is not None and len(args.budget or [0]) > 1:
@@ -171,7 +173,8 @@ def main(argv: list[str]) -> int:
     counted: tuple[ConventionFit, ...] = ()
     if len(runs) <= LARGE and not fit.surface.on_frontier:
         parts = conventions(path, columns, args.loss_unit, args.vocab_size, args.checkpoints)
-        counted = compare_conventions((drop(part, dropped) for part in parts), budgets[0], robust)
+        same = (drop(part, dropped) for part in parts)
+        counted = compare_conventions(map(fresh, same) if len(runs) < len(everything) else same, budgets[0], robust)
     said = answer(
         fit,
         runs,
@@ -181,7 +184,7 @@ def main(argv: list[str]) -> int:
         at=at,
         conventions=counted,
         dropped=dropped,
-        limits=questions.limits(args, fit, runs),
+        limits=questions.limits(args, fit, runs, worth or repetition_of(fit)),
     )
     said = questions.with_experts(args, questions.priced(args, said))
     _write(args, said)

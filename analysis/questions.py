@@ -10,6 +10,7 @@ from analysis.decide.allocate import as_counted
 from analysis.decide.answer import Answer
 from analysis.decide.limits import Limits, params_in_memory, params_in_time
 from analysis.inference import FitResult
+from analysis.inference.repetition import Repetition
 from analysis.runs import Runs
 from scaling.errors import InputError
 from scaling.hardware import DEVICES, Device, find_device
@@ -24,8 +25,8 @@ HELP = """Budgets and limits:
   --served-tokens makes the budget one of training and serving together: smaller and longer than Chinchilla's optimum
   (Sardana et al. 2023). In FLOPs a served token takes a third of a trained one; --serve-mfu weighs it in money instead,
   since decoding reaches a few percent where training reaches 40.
-  --unique-tokens lets data repeat at the worth that repetition has (Muennighoff et al. 2023: 4 epochs cost little, 16 are the
-  end). Two limits that choose the same thing, or that no N keeps at once, are refused by name."""
+  --unique-tokens lets data repeat at the worth that repetition has: the runs' own where some of them repeat their text
+  (+grid=repeats), else Muennighoff et al. 2023's (4 epochs cost little, 16 are the end). Two limits that choose the same thing, or that no N keeps at once, are refused by name."""
 
 _POSITIVE = (
     *("gpu_hours", "usd", "devices", "usd_per_hour", "mfu", "max_params", "max_active_params", "serve_memory_gb"),
@@ -154,8 +155,13 @@ def budgets(args: argparse.Namespace, default_flops: float) -> list[float]:
     return list(args.budget) if args.budget else [default_flops]
 
 
-def limits(args: argparse.Namespace, fit: FitResult, runs: Runs) -> Limits:
-    """The limits that were asked for, N in the fit's convention."""
+def limits(args: argparse.Namespace, fit: FitResult, runs: Runs, worth: Repetition | None = None) -> Limits:
+    """The limits that were asked for, N in the fit's convention.
+
+    Args:
+        worth: of repeated tokens, where the runs tell it.
+    """
+    known = worth if args.unique_tokens else None
     caps = [(args.max_params, "--max-params")] if args.max_params else []
     family = runs.plan.family if runs.plan is not None else None
     most = {"--max-active-params": args.max_active_params}
@@ -172,6 +178,8 @@ def limits(args: argparse.Namespace, fit: FitResult, runs: Runs) -> Limits:
         max_params=smallest,
         max_params_source=source,
         unique_tokens=args.unique_tokens,
+        r_tokens=None if known is None else known.r_tokens,
+        r_tokens_95=None if known is None else known.interval_95,
         max_epochs=args.max_epochs,
         served_tokens=args.served_tokens or 0.0,
         serving_weight=money(args).mfu / args.serve_mfu if args.serve_mfu else 1.0,

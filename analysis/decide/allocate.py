@@ -40,6 +40,8 @@ class Allocation:
     """Less than the budget where tokens are served or limited."""
     epochs: float | None = None
     """D over the unique tokens, where they are limited."""
+    repetition: tuple[float, float] | None = None
+    """Loss at the ends of the interval of R_D, where the sweep measured it and D repeats; the other intervals are at R_D itself."""
     unlimited: tuple[float, float, float] | None = None
     """N, D and loss without the limits, where there are limits."""
     held: tuple[float, float] | None = None
@@ -68,6 +70,7 @@ class Allocation:
             "batch_tokens": list(self.batch_tokens),
             "train_flops": self.train_flops,
             "epochs": self.epochs,
+            "loss_repetition_95": None if self.repetition is None else list(self.repetition),
             "unlimited": None if self.unlimited is None else list(self.unlimited),
             "params_total": None if self.held is None else self.held[0],
             "params_active": None if self.held is None else self.held[1],
@@ -100,7 +103,11 @@ def allocate(
         in_all, met = (_counts(family, count) for count in (ParamCount.count, ParamCount.active))
         named = _counts(family, ParamCount.count, _convention(fit.convention["params"]))
         held = _along(named, in_all, n), _along(named, met, n)
-    return Allocation(budget_flops, n, d, loss, *low_high, sure, train, epochs, unlimited, held)
+    repeated = None
+    if limits.r_tokens_95 is not None and epochs is not None and epochs > 1:
+        ends = [float(fit.predict(*search.worth(np.array(n), np.array(d), r_tokens=r))) for r in limits.r_tokens_95]
+        repeated = ends[1], ends[0]
+    return Allocation(budget_flops, n, d, loss, *low_high, sure, train, epochs, repeated, unlimited, held)
 
 
 def cheapest_within(

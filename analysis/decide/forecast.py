@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis.decide.allocate import best_width, family_flops_per_token, predict_with_intervals
 from analysis.decide.limits import NONE, Limits
-from analysis.decide.optimum import R_TOKENS, Search
+from analysis.decide.optimum import Search
 from analysis.decide.path import LEAST_RUNS, Paths
 from analysis.inference import FitResult
 from analysis.inference.uncertainty import t_quantile
@@ -184,7 +184,7 @@ def _flagship(
     if limits.unique_tokens is not None and spec.tokens > limits.unique_tokens:
         notes.append(
             f"the run reads its {limits.unique_tokens:.3g} tokens {spec.tokens / limits.unique_tokens:.3g} times: what repeated "
-            f"tokens are worth is Muennighoff et al.'s (R_D {R_TOKENS:g}), not measured in this sweep"
+            f"tokens are worth is {limits.repetition}"
         )
     epochs = spec.tokens / spec.data.unique(plan.data.train_tokens)
     if epochs > spec.data.max_epochs:

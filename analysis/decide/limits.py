@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from analysis.inference.repetition import R_TOKENS
 from scaling.errors import InputError
 
 WEIGHT_SHARE = 0.7
@@ -21,6 +22,10 @@ class Limits:
     """What sets it, for messages."""
     unique_tokens: float | None = None
     """Different tokens at hand; beyond them D repeats and is worth less (Muennighoff et al. 2023)."""
+    r_tokens: float | None = None
+    """R_D, the decay of a repeated token's worth, as the sweep measured it; None: Muennighoff et al.'s."""
+    r_tokens_95: tuple[float, float] | None = None
+    """Its interval."""
     max_epochs: float | None = None
     """D at most, over unique_tokens."""
     served_tokens: float = 0.0
@@ -58,6 +63,13 @@ class Limits:
             )
 
     @property
+    def repetition(self) -> str:
+        """Which R_D counts, and where it is from."""
+        if self.r_tokens is None or self.r_tokens_95 is None:
+            return f"Muennighoff et al.'s (R_D {R_TOKENS:g}), not measured in this sweep"
+        return "this sweep's (R_D {:.2g}, 95% {:.2g} to {:.2g})".format(self.r_tokens, *self.r_tokens_95)
+
+    @property
     def ratio_flag(self) -> str | None:
         """The flag that fixes D/N, if one does."""
         return "--overtrain" if self.overtrain else "--tokens-per-param" if self.tokens_per_param else None
@@ -72,7 +84,8 @@ class Limits:
     def to_dict(self) -> dict[str, Any]:
         """Those that are set: `Limits(**…)` gives them back."""
         default = {field.name: field.default for field in fields(self)}
-        return {name: value for name, value in asdict(self).items() if value != default[name]}
+        given = {name: value for name, value in asdict(self).items() if value != default[name]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     def __str__(self) -> str:
         """The limits that are set, with their values."""

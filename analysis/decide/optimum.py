@@ -9,14 +9,12 @@ import numpy as np
 
 from analysis.decide.limits import NONE, Limits
 from analysis.inference import FitResult
+from analysis.inference.repetition import R_PARAMS, R_TOKENS
 from analysis.inference.solver import log_predictions
 from analysis.laws.formulas import effective
 from analysis.laws.law import Floats
 from scaling.errors import InputError
 
-R_TOKENS, R_PARAMS = 15.388, 5.310
-"""Decay of the worth of repeated tokens and of parameters beyond the optimum of the unique ones: Muennighoff et al. 2023,
-arXiv 2305.16264, where the fit has no repeated runs of its own."""
 FLAT = 1e-3
 """Relative loss within which sizes are told to be equal."""
 _LEAST_N, _GRID, _ZOOMS = 1e2, 400, 4
@@ -67,13 +65,18 @@ class Search:
         left = budget - self.limits.serving_weight * train / 3 * self.limits.served_tokens
         return np.clip(left / train, 0.0, self.limits.max_tokens)
 
-    def worth(self, n: Floats, d: Floats) -> tuple[Floats, Floats]:
-        """N′ and D′, what N and D are worth as fresh tokens and parameters that they suffice for (Muennighoff, eqs. 5–7)."""
+    def worth(self, n: Floats, d: Floats, *, r_tokens: float | None = None) -> tuple[Floats, Floats]:
+        """N′ and D′, what N and D are worth as fresh tokens and parameters that they suffice for (Muennighoff, eqs. 5–7).
+
+        Args:
+            r_tokens: R_D; the limits' when None.
+        """
         unique = self.limits.unique_tokens
         if unique is None or self._n_of_unique is None:
             return np.asarray(n, float), np.asarray(d, float)
         n_unique = np.minimum(n, self._n_of_unique)
-        return effective(n, n_unique, R_PARAMS), effective(d, np.minimum(d, unique), R_TOKENS)
+        r_d = r_tokens or self.limits.r_tokens or R_TOKENS
+        return effective(n, n_unique, R_PARAMS), effective(d, np.minimum(d, unique), r_d)
 
     def loss(self, n: Floats, d: Floats) -> Floats:
         """Loss at N and D, infinite where there are no tokens."""

@@ -107,7 +107,9 @@ def sureness(best: Allocation, limits: Limits) -> str:
         )
         rows["training takes"] = f"{numbers.flops(best.train_flops)} FLOPs of the budget"
     if best.epochs is not None:
-        rows["epochs"] = f"{best.epochs:.3g} of the unique tokens"
+        rows["epochs"] = (
+            f"{best.epochs:.3g} of the unique tokens; what a repeated one is worth is {limits.repetition}"
+        )
     return html.pairs(f"How large, and how sure, at {numbers.flops(best.budget_flops)} FLOPs", rows)
 
 
