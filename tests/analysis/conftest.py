@@ -67,7 +67,7 @@ def write_record(run: RunDir, spec: RunSpec, loss: float | None, status: str = "
 
 @pytest.fixture
 def make_sweep(tmp_path: Path) -> Callable[..., Path]:
-    """make_sweep(noise=…, surface=…, name=…, experts=…) → a finished sweep directory."""
+    """make_sweep(noise=…, surface=…, name=…, experts=…, precision=…) → a finished sweep directory."""
 
     def make(
         noise: float = 0.002,
@@ -75,11 +75,12 @@ def make_sweep(tmp_path: Path) -> Callable[..., Path]:
         name: str = "sweep",
         seed: int = 0,
         experts: Experts | None = None,
+        precision: str = "fp32",
     ) -> Path:
         rng = np.random.default_rng(seed)
         sweep = SweepDir(tmp_path / name)
         family = replace(FAMILY, experts=experts)
-        specs = [plan_run(*cell, family) for cell in GRID]
+        specs = [replace(plan_run(*cell, family), precision=precision) for cell in GRID]
         Plan(
             name, "demo", ["+grid=demo"], "2026-01-01T00:00:00Z", None, family, {"name": "steplaw"}, MANIFEST, specs
         ).write(sweep.plan_json)

@@ -70,6 +70,11 @@ def test_the_best_width_is_no_worse_than_its_neighbours(fitted: tuple[FitResult,
     assert 20 <= 1e13 / flops_per_token(shape).train / count_params(shape).body_head <= 30
 
 
+def test_the_flagship_has_the_sweeps_precision(make_sweep: Callable[..., Path]) -> None:
+    runs = load_runs(make_sweep(precision="bf16"))
+    assert make_forecast(fit_law(runs, "chinchilla", draws=20), runs, 1e13).spec.precision == "bf16"
+
+
 def test_forecast_of_a_known_surface(fitted: tuple[FitResult, Runs]) -> None:
     fit, runs = fitted
     forecast = make_forecast(fit, runs, 1e13)
