@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from scaling.errors import InputError, unknown
 
@@ -118,20 +119,43 @@ def _unknown_key(config: Mapping[str, Any], key: str) -> InputError:
 
 
 def load(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration `conf/NAME.yaml` with overrides on it; later ones win.
+    """The configuration `conf/NAME.yaml` with overrides on it; later ones win. A grid may be a file of its own, grid=PATH.yaml.
 
     Raises:
-        InputError: unknown group option or key, or an override that cannot be read.
+        InputError: unknown group option or key, an override or a grid's file that cannot be read.
     """
     choices: dict[str, str] = {}
+    grid: dict[str, Any] = {}
     for text in overrides:
         override = parse_override(text)
         if _is_group(override):
             group, value = override.key_or_group, override.value()
+            if group == "grid" and str(value).endswith(".yaml"):
+                grid = {"grid": read_grid_file(Path(str(value)))}
+                continue
             if value not in groups()[group]:
                 raise unknown(group, value, groups()[group])
             choices[group] = str(value)
-    return update(_compose(name, tuple(sorted(choices.items()))), overrides)
+    return update(_compose(name, tuple(sorted(choices.items()))) | grid, overrides)
+
+
+def read_grid_file(file: Path) -> dict[str, Any]:
+    """A grid's YAML outside conf/grid, as python -m analysis.design writes it.
+
+    Raises:
+        InputError: it cannot be read, or is no mapping.
+    """
+    if not file.is_file():
+        raise InputError(f"no grid file {file}: python -m analysis.design SWEEP --out GRID.yaml writes one")
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{file} is not a grid: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(
+            f"{file} is not a grid file: it needs points, as conf/grid/demo.yaml has them (a round's file: delete it, and it is chosen again)"
+        )
+    return {str(key): value for key, value in data.items()}
 
 
 @cache

@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from scaling.compose import read_grid_file
 from scaling.config import from_dict
 from scaling.cost import run_seconds
 from scaling.errors import InputError
@@ -156,18 +155,6 @@ def _run_file(argv: Sequence[str], file: Path, sweep: SweepDir, launch: Launch) 
     grid = from_dict(Grid, read_grid_file(file), file.name)
     overrides = [*argv, "sweep.compute_scale=1", "sweep.seed_offset=0"]
     return _run(overrides, expand_grid(overrides, grid.points), sweep, launch)
-
-
-def read_grid_file(file: Path) -> dict[str, Any]:
-    """The fields of a Grid in a file outside conf/.
-
-    Raises:
-        InputError: not a mapping.
-    """
-    data = OmegaConf.to_container(OmegaConf.load(file))
-    if not isinstance(data, dict):
-        raise InputError(f"{file} is not a grid file: delete it, and the round is chosen again")
-    return {str(key): value for key, value in data.items()}
 
 
 def _file(folder: Path, k: int) -> Path:

@@ -42,6 +42,7 @@ examples:
   python -m scaling.sweep +grid=isoflop sweep.recentre=true       each budget about the N* that those before it say
   python -m scaling.sweep +grid=isoflop precision=auto            bf16 where it pays, for all runs or none, saying why
   python -m scaling.sweep +grid=adaptive target_flops=3e13 sweep.budget_flops=5e12     rounds of the runs that say most
+  python -m scaling.sweep +grid=next.yaml sweep.dir=sweeps/mine     a grid file, as analysis.design writes it: adds its runs
   python -m scaling.sweep +grid=lr data=text "data.path='texts/**/*.txt'"           on one's own text
   python -m scaling.sweep +grid=demo launcher=slurm launcher.partition=cpu sweep.wait=false     as SLURM jobs, detached
 

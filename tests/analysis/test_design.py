@@ -28,10 +28,10 @@ from analysis.inference.points import Points, points
 from analysis.inference.simulate import Grid, Noise, Surface, simulate
 from analysis.inference.uncertainty import FormError
 from analysis.runs import load_runs
+from scaling.compose import read_grid_file
 from scaling.errors import InputError
 from scaling.grid import Grid as GridFile
 from scaling.grid import expand_grid
-from scaling.rounds import read_grid_file
 
 SURFACE = Surface({"E": 1.7, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.36})
 TARGET_FLOPS = 1e21
@@ -166,7 +166,7 @@ def test_the_command_writes_a_grid_that_the_planner_reads(
     answer = json.loads(capsys.readouterr().out)
     grid = GridFile(**read_grid_file(out))
     assert grid.target_flops == 3e13
-    specs = expand_grid(["recipe=steplaw"], grid.points).specs
+    specs = expand_grid([f"+grid={out}", "recipe=steplaw"]).specs
     assert len(specs) == answer["runs"]
     assert sum(s.flops for s in specs) == pytest.approx(answer["cost"], rel=0.01)
     assert answer["cost"] <= 4e12

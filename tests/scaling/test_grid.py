@@ -120,6 +120,7 @@ def test_run_settings_are_strict() -> None:
 
 BAD = [
     (["+grid=width_dept"], "unknown grid 'width_dept': did you mean 'width_depth'"),
+    (["+grid=no/such.yaml"], "no grid file no/such.yaml"),
     (["+grid=demo", "data=sight"], "unknown data 'sight': did you mean 'site'? valid: english, headers, jsonl, "),
     (["+grid=demo", "modl.width=3"], "unknown override 'modl.width': did you mean model.width?"),
     (["+grid=demo", "width=3"], "did you mean model.width?"),
