@@ -136,7 +136,7 @@ def measure_rows(wanted: Sequence[Job], device: str, until: float) -> None:
             raise InputError(str(error)) from None
         known = match_device(name)
         peak = known.peak("bf16") if known else float("nan")
-        heads = [f"{name}; bf16 peak {peak / 1e12:.4g} TFLOP/s"]
+        heads = [f"{name}; bf16 peak {peak / 1e12:.4g} TFLOP/s; attention by {call(1, 'attention')[0]}"]
         for dtype in ("bf16", "fp8") if device == "cuda" else ("bf16",):
             size = 8192 if device == "cuda" else 256
             try:

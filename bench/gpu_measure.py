@@ -22,6 +22,7 @@ from scaling.errors import InputError
 from scaling.records import DataManifest
 from scaling.shape import ModelShape
 from train.data.loader import Corpus
+from train.engine.auto import attention_on
 from train.engine.host import Host
 from train.engine.profiler import WARMUP_STEPS, profiled
 from train.engine.stacked import Member, together
@@ -263,6 +264,11 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else device
 
 
+def attention(device: str) -> str:
+    """The kernels that attention takes in bf16, and why."""
+    return ": ".join(attention_on(torch.device(device), Host().attention, torch.bfloat16))
+
+
 def explain(error: Exception) -> str:
     """One line for a table's cell."""
     text = " ".join(str(error).split()).replace("|", "/")
@@ -272,4 +278,9 @@ def explain(error: Exception) -> str:
     return f"{kind}: {text[:160]}"
 
 
-CALLS: dict[str, Callable[..., Any]] = {"measure": measure, "matmul": matmul_flops, "name": device_name}
+CALLS: dict[str, Callable[..., Any]] = {
+    "measure": measure,
+    "matmul": matmul_flops,
+    "name": device_name,
+    "attention": attention,
+}

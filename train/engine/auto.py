@@ -13,7 +13,7 @@ from scaling.shape import ModelShape
 from scaling.spec import RunSpec
 from train.engine.host import Host
 from train.model.attention import capability_of
-from train.model.kernels import FLASH, Compile, choose, choose_attention, importable, use_attention
+from train.model.kernels import FLASH, Attention, Compile, choose, choose_attention, importable, use_attention
 from train.model.precision import compute_dtype
 
 if TYPE_CHECKING:
@@ -43,6 +43,13 @@ def chosen_compile(
     return compiled
 
 
+def attention_on(device: torch.device, asked: Attention, dtype: torch.dtype) -> tuple[Attention, str]:
+    """`choose_attention` by what this machine has."""
+    capability = capability_of(device)
+    present = [] if capability is None else [kernels for kernels in FLASH if importable(kernels)]
+    return choose_attention(asked, capability, dtype, present)
+
+
 def set_attention(spec: RunSpec, host: Host, world: World | None) -> None:
     """Have this process compute attention as the host asks; said where a GPU leaves a choice.
 
@@ -50,9 +57,7 @@ def set_attention(spec: RunSpec, host: Host, world: World | None) -> None:
         InputError: the kernels that are asked for cannot be had.
     """
     device = torch.device(host.device)
-    capability = capability_of(device)
-    present = [] if capability is None else [kernels for kernels in FLASH if importable(kernels)]
-    kernels, why = choose_attention(host.attention, capability, compute_dtype(spec.precision), present)
+    kernels, why = attention_on(device, host.attention, compute_dtype(spec.precision))
     if device.type == "cuda" and host.attention == "auto" and (world is None or world.leads):
         print(f"run {spec.run_id}: attention={kernels}: {why}", file=sys.stderr)
     use_attention(kernels)
