@@ -62,8 +62,9 @@ class Documents:
 class Packing:
     """How attention stays within the documents that are packed into one sequence.
 
-    Variable-length attention takes the documents' borders instead of a mask. Its time and memory grow with the number of
-    borders that it is given, used or not, and compiled code and captured graphs want that number to stay.
+    Variable-length attention takes the documents' borders instead of a mask. Their number must stay, for compiled code and
+    captured graphs, and be small: FlashAttention-2's backward pass holds 128 rows of fp32 for each, used or not
+    (Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp).
     """
 
     end: int

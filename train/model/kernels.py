@@ -1,4 +1,4 @@
-"""How a model is run, none of which is part of what it computes but for rounding: compilation, recomputation, attention's kernels."""
+"""How a model is run, none of which is part of what it computes but for rounding: compilation, recomputation, kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ATTENTION = frozenset(
         "torch_attn::_varlen_attn",
     )
 )
-"""Operators that attention calls, by name: the last exists from its first call on. FlashAttention-3 and 4 stand behind them."""
+"""Operators that attention calls, by name: the last exists from its first call on. Other kernels stand behind the same ones."""
 Attention = Literal["auto", "sdpa", "flash3", "flash4"]
 
 
@@ -50,8 +50,9 @@ FLASH: Mapping[str, Flash] = {
     "flash4": Flash("FA4", "flash_attn.cute.interface", (9, 10)),
 }
 BEST: Mapping[int, Literal["flash3", "flash4"]] = {9: "flash3", 10: "flash4"}
-"""What attention=auto takes on a major compute capability: Shah et al. 2024, arXiv 2407.08608, is for Hopper."""
+"""What attention=auto takes on a major compute capability: FlashAttention-3 is for Hopper (Shah et al. 2024, arXiv 2407.08608)."""
 _activation = threading.Lock()
+"""Runs that train as one set up in threads."""
 
 
 def _keep_attention_and_half_of_the_products() -> Any:
