@@ -87,6 +87,7 @@ def test_json_is_one_object_with_the_promised_keys(runs_csv: Path, tmp_path: Pat
         "batch_tokens",
         "train_flops",
         "epochs",
+        "loss_repetition_95",
         "unlimited",
         "params_total",
         "params_active",
