@@ -38,10 +38,10 @@ def run_case(case: dict[str, Any], world: World | None) -> dict[str, Any]:
             ),
             world,
         )
+        if case.get("start"):
+            assert trainer.restore([Path(path) for path in case["start"]], spec.run_id)
     except InputError as error:
         return {"name": case["name"], "refused": str(error)}
-    if case.get("start"):
-        assert trainer.restore([Path(path) for path in case["start"]], spec.run_id)
     first = trainer.progress.step
     rows = [trainer.step(*trainer.loader.batch(step)) for step in range(first, first + case["steps"])]
     if case.get("save"):

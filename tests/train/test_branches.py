@@ -157,7 +157,10 @@ def test_another_runs_checkpoint_is_no_branch_point(make_spec: Specs, tmp_path: 
     train_in(tmp_path, other)
     with pytest.raises(InputError, match="of a run that differs in more than tokens"):
         train_in(tmp_path, dataclasses.replace(branch, parent_run_id=other.run_id))
+    longer = dataclasses.replace(branch, shape=dataclasses.replace(branch.shape, seq_len=64))
     train_in(tmp_path, trunk)
+    with pytest.raises(InputError, match="of a run that differs in more than tokens"):
+        train_in(tmp_path, longer)
     with pytest.raises(InputError, match="lies in a cool-down"):
         train_in(tmp_path, dataclasses.replace(branch, parent_step=35))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,12 +344,12 @@ def test_more_epochs_than_allowed_are_refused(make_spec: Specs, manifest: DataMa
 def test_a_checkpoint_of_another_run_is_refused(make_spec: Specs, tmp_path: Path) -> None:
     spec = make_spec(steps=10)
     train(spec, RunDir(tmp_path / "a"))
-    other = make_spec(steps=11)
-    run = RunDir(tmp_path / "b")
-    run.create(other)
-    (tmp_path / "a" / "checkpoints").rename(run.checkpoints)
-    with pytest.raises(InputError, match=f"checkpoint of run {spec.run_id} in the folder of run {other.run_id}"):
-        train(other, run)
+    for other in (make_spec(steps=11), make_spec(width=24, steps=10)):
+        run = RunDir(tmp_path / other.run_id)
+        run.create(other)
+        shutil.copytree(tmp_path / "a" / "checkpoints", run.checkpoints)
+        with pytest.raises(InputError, match=f"checkpoint of run {spec.run_id} in the folder of run {other.run_id}"):
+            train(other, run)
 
 
 def test_run_command_refuses_bad_input_in_one_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -162,6 +163,8 @@ def results(make_spec_module: Specs, tmp_path_factory: pytest.TempPathFactory) -
             case("fsdp × tensor → context", "context=2", start=[by_four], **later),
             case("fsdp × tensor → fsdp", "", start=[by_four], **later),
             *(case(layout, layout, **REFUSED_OF.get(layout, {})) for layout in REFUSED),
+            case("other tensors of one", "", "muon", start=[str(folder / "experts" / f"step-{SAVED:09d}.pt")]),
+            case("other tensors of two", "", "muon", start=[by_two]),
         ],
     }
     for ranks, some in cases.items():
@@ -241,6 +244,16 @@ def test_load_of_the_experts_is_that_of_all_ranks(results: dict[str, dict[str, A
 @pytest.mark.parametrize(("layout", "message"), REFUSED.items())
 def test_layouts_that_do_not_divide(layout: str, message: str, results: dict[str, dict[str, Any]]) -> None:
     assert message in results[layout]["refused"]
+
+
+@pytest.mark.parametrize("name", ["other tensors of one", "other tensors of two"])
+def test_a_checkpoint_of_another_shape(
+    name: str, results: dict[str, dict[str, Any]], make_spec_module: Specs
+) -> None:
+    assert re.fullmatch(
+        f"checkpoint of run [0-9a-f]{{16}} in the folder of run {make_spec_module('muon').run_id}: delete it",
+        results[name]["refused"],
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])

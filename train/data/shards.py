@@ -49,6 +49,21 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+def check_vocabulary(vocab_size: int, manifest: DataManifest) -> None:
+    """Refuse a model whose vocabulary is not that of the shards' tokenizer: ids would have no row, or rows no id.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    if vocab_size != manifest.vocab_size:
+        dtype = token_dtype(manifest.vocab_size)
+        raise InputError(
+            f"model.vocab_size = {vocab_size}: corpus {manifest.digest} has a tokenizer of {manifest.vocab_size} entries, its "
+            f"tokens in {dtype.itemsize} bytes: prepare the text with --vocab-size {vocab_size}, or give model.vocab_size="
+            f"{manifest.vocab_size}"
+        )
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A prepared corpus, opened for reading."""

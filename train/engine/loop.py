@@ -18,6 +18,7 @@ from scaling.records import RunRecord, Status
 from scaling.spec import RunSpec
 from scaling.sweepdir import Lease, LostLease, RunDir
 from train.data.loader import Corpus
+from train.data.shards import check_vocabulary
 from train.engine import checkpoint
 from train.engine.evaluation import bits_per_byte
 from train.engine.host import Host
@@ -87,6 +88,7 @@ def _train(spec: RunSpec, run: RunDir, host: Host, lease: Lease | None, world: W
     torch.set_num_threads(host.threads)
     corpus = Corpus.open(spec.data.digest)
     check_epochs(spec, corpus.manifest)
+    check_vocabulary(spec.shape.vocab_size, corpus.manifest)
     trainer = Trainer(spec, corpus, host, world)
     resumed = trainer.restore(checkpoint.newest(run.checkpoints), spec.run_id)
     wall_before = trainer.progress.wall_s

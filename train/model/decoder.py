@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from scaling.errors import InputError
 from scaling.shape import ModelShape
 from scaling.transfer import Multipliers
 from train.model.attention import Context, Documents, Packing, attend
@@ -158,10 +159,16 @@ class Decoder(nn.Module):
 
         Args:
             cache: of the tokens before these, which it then holds too; T is 1 unless it is empty. None: there are none.
-                Together they are seq_len tokens at most.
+        Raises:
+            InputError: together they are more than seq_len tokens, for which there are no rotary tables.
         """
         start = 0 if cache is None else cache.length
         positions = slice(start, start + tokens_BT.shape[1])
+        if positions.stop > self.shape.seq_len:
+            raise InputError(
+                f"{positions.stop} tokens at once: this model's positions (RoPE) are built for {self.shape.seq_len}, the length "
+                "that it was trained on: give fewer, or train with model.seq_len of that many"
+            )
         cos, sin = self.cos[positions], self.sin[positions]
         caches = [None] * self.shape.depth if cache is None else cache.layers
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.dtype)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from scaling.errors import InputError
 from scaling.files import write_atomic, write_json
 from scaling.spec import RunSpec
 from train.engine.optim import named_states
@@ -88,6 +89,8 @@ def load(paths: Sequence[Path], state: dict[str, Any], spec: RunSpec, mesh: Mesh
         state: as `save` takes it; its tensors are filled in place.
     Returns:
         The rest of the state ("run_id", "step", "progress", "rng", "steps"), or None: no checkpoint is whole.
+    Raises:
+        InputError: it is of neither this run nor its trunk, so of other tensors perhaps.
     """
     world = mesh.world
     tensors = {f"{MODEL}/{name}": tensor for name, tensor in state["model"].items()} | state["optimizers"]["named"]
@@ -97,13 +100,19 @@ def load(paths: Sequence[Path], state: dict[str, Any], spec: RunSpec, mesh: Mesh
         else:
             scalars, fault = None, fault_of(path, world)
             if fault is None:
-                dcp.load(tensors, checkpoint_id=path)
                 scalars = torch.load(path / SCALARS, map_location="cpu", weights_only=True)
+                _check_run(scalars, spec)
+                dcp.load(tensors, checkpoint_id=path)
         if scalars is not None:
             return scalars
         if world.leads:
             print(f"checkpoint {path.name} is damaged ({fault}): trying the one before", file=sys.stderr)
     return None
+
+
+def _check_run(state: dict[str, Any], spec: RunSpec) -> None:
+    if state["run_id"] not in (spec.run_id, spec.parent_run_id):
+        raise InputError(f"checkpoint of run {state['run_id']} in the folder of run {spec.run_id}: delete it")
 
 
 def _load_file(
@@ -118,6 +127,7 @@ def _load_file(
     fault = next((f for f in mesh.world.collect(fault) if f), None)
     if fault is not None:
         return None, fault
+    _check_run(whole, spec)
     with torch.device("meta"):
         decoder = Decoder(spec.shape, spec.precision)
     named, steps = named_states(whole["optimizers"], decoder, spec.optim)
