@@ -177,14 +177,12 @@ def _sureness(said: Answer) -> str:
             in_all, met = map(si, a.held)
             lines.append(f"  {flops(a.budget_flops)}: {in_all} parameters in all, of which a token meets {met}")
         if a.epochs is not None and a.epochs > 1:
-            ends_at = (
-                ""
-                if a.repetition is None
-                else "; loss {:.4f} to {:.4f} at its ends, which the intervals above do not hold".format(
+            worth = f"  {flops(a.budget_flops)}: a repeated token's worth is {said.limits.repetition}"
+            if a.repetition is not None:
+                worth += "; loss {:.4f} to {:.4f} at its ends, which the intervals above do not hold".format(
                     *a.repetition
                 )
-            )
-            lines.append(f"  {flops(a.budget_flops)}: a repeated token's worth is {said.limits.repetition}{ends_at}")
+            lines.append(worth)
         if a.unlimited is not None:
             n, d, loss = a.unlimited
             spent = "" if a.train_flops > 0.999 * a.budget_flops else f"; training takes {flops(a.train_flops)}"
