@@ -276,6 +276,7 @@ def _attempt(run: RunDir, host: Host, lease: Lease, world: World | None = None) 
         lease.release()
         if world is not None:  # the other ranks are somewhere in the step
             raise shown from error
+        del shown  # its traceback, in whose frames the step's tensors are, ends here and not at a garbage collection
         return can_shrink
     return True
 
