@@ -47,7 +47,7 @@ def cli(cache: Path, tmp_path: Path) -> Run:
             text=True,
             cwd=tmp_path,
             env=environment,
-            timeout=120,
+            timeout=300,
             **kwargs,
         )
 

@@ -272,7 +272,7 @@ def test_interrupt_ends_the_workers_and_the_next_launch_finishes(
     launcher = start(cache, sweep.path, settings, dict.fromkeys(range(3), "slow"))
     worker = wait_for_a_run(sweep)
     launcher.send_signal(number)
-    _, error = launcher.communicate(timeout=30)
+    _, error = launcher.communicate(timeout=300)
     assert launcher.returncode == 130
     assert "interrupted" in error
     with pytest.raises(ProcessLookupError):
@@ -285,7 +285,7 @@ def test_interrupt_ends_the_workers_and_the_next_launch_finishes(
 def test_two_launchers_at_once_run_nothing_twice(cache: Path, tmp_path: Path, settings: list[str]) -> None:
     sweep = SweepDir(tmp_path / "sweep")
     both = [start(cache, sweep.path, settings, {}) for _ in range(2)]
-    outputs = [launcher.communicate(timeout=60) for launcher in both]
+    outputs = [launcher.communicate(timeout=300) for launcher in both]
     assert [launcher.returncode for launcher in both] == [0, 0]
     assert tries(sweep) == [1, 1, 1]
     assert all("3 done" in out for out, _ in outputs)
@@ -301,7 +301,7 @@ def test_a_second_launcher_says_whom_it_waits_for(cache: Path, tmp_path: Path, s
     assert f"waiting for its launcher (process {first.pid} on " in told
     for launcher in (second, first):
         launcher.send_signal(signal.SIGTERM)
-        launcher.communicate(timeout=30)
+        launcher.communicate(timeout=300)
     assert first.returncode == second.returncode == 130
 
 
@@ -312,13 +312,13 @@ def test_orphans_of_a_killed_launcher_are_waited_for(
     launcher = start(cache, sweep.path, settings, {0: "slow"})
     orphan = wait_for_a_run(sweep)
     launcher.kill()
-    launcher.communicate(timeout=30)
+    launcher.communicate(timeout=300)
     again = start(cache, sweep.path, settings, {})
     while sum(sweep.run(spec.run_id).record_json.exists() for spec in sweep.plan().runs) < 2:
         time.sleep(0.1)
     assert again.poll() is None  # two runs are done, the third is the orphan's
     os.kill(orphan, signal.SIGKILL)
-    assert again.wait(timeout=30) == 0
+    assert again.wait(timeout=300) == 0
     again.communicate()
     assert sorted(tries(sweep)) == [1, 1, 2]
 

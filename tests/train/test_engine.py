@@ -204,7 +204,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     process = start(run.path, "--checkpoint-every", "0.02")
     wait_for_step(run, 20, process)
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == (-how if how == signal.SIGKILL else 130), errors
     assert run.record() is None
     record = train(spec, run)
@@ -262,7 +262,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(make_spec: Specs, tmp_path: Path) 
         assert state is not None
         assert state["step"] == 1
         process = start(run.path, "--checkpoint-every", "0")  # the run itself goes on without new checkpoints
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert "no space for a checkpoint" in errors
         assert run.record() is not None
@@ -274,7 +274,7 @@ def test_two_processes_on_one_run_train_it_once(make_spec: Specs, tmp_path: Path
     run = RunDir(tmp_path / "run")
     run.create(make_spec(width=32, steps=150))
     both = [start(run.path) for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in both]
+    outputs = [process.communicate(timeout=300) for process in both]
     assert run.last_attempt() == 1
     codes = sorted(process.returncode for process in both)
     assert codes in ([0, 0], [0, 2])  # the second came after the end, or was told that the run is taken
@@ -367,7 +367,7 @@ def test_wandb_offline_mirrors_the_run(make_spec: Specs, tmp_path: Path) -> None
     run = RunDir(tmp_path / "sweep" / "runs" / spec.run_id)
     run.create(spec)
     process = start(run.path, "--wandb", "offline")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     (file,) = run.attempt_dir(1).glob(f"wandb/offline-run-*-{spec.run_id}/run-{spec.run_id}.wandb")
     assert file.read_bytes().count(b"train_loss") >= 10

@@ -222,7 +222,7 @@ def test_an_alarm_stops_the_run_with_a_checkpoint(
         process.wait(LONGEST_S)
     finally:
         process.terminate()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     run = RunDir(tmp_path / "flagship")
     assert process.returncode == 130, errors + (run.path / "watch.log").read_text()
     assert errors.count("the watch asked for it: training loss below its forecast") == 1
@@ -250,7 +250,7 @@ def test_an_alarm_keeps_a_checkpoint_for_good_and_the_run_goes_on(
             asked = [row for row in rows if row.get("watch_action") == "checkpoint"]
     finally:
         process.terminate()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert "the watch asked for it" not in errors
     (kept,) = checkpoint.kept(

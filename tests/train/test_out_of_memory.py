@@ -54,7 +54,7 @@ def limited(folder: Path, limit_bytes: float, *options: str) -> subprocess.Compl
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

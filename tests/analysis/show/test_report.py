@@ -255,7 +255,7 @@ def test_a_browser_shows_it_without_sideways_scrolling_at_phone_and_desk_widths(
         dom = subprocess.run(
             [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / f'profile{width}'}", "--window-size=1400,1000",
              "--virtual-time-budget=10000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
-            capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "HOME": str(tmp_path)},
+            capture_output=True, text=True, timeout=300, check=True, env={**os.environ, "HOME": str(tmp_path)},
         ).stdout  # fmt: skip
         shown, needed, broken_images, headline = json.loads(re.search(r'id="said">(.*?)<', dom, re.S).group(1))
         assert width - 20 <= shown <= width
