@@ -20,6 +20,7 @@ from slurm_sweeps import (
     assert_as_undisturbed,
     end,
     finish,
+    wait_until,
 )
 
 GRID = ["model.width=16", "seed=0,1"]
@@ -120,6 +121,7 @@ def test_another_commits_plan_an_edited_spec_and_a_read_only_folder(
 ) -> None:
     tiny = ["tokens=2560"]
     finish(sweeps.start(sweep, *tiny))
+    wait_until(lambda: not cluster.jobs("PENDING", "RUNNING"), "the job of a finished sweep is still there")
     plan = json.loads(sweep.plan_json.read_text())
     sweep.plan_json.write_text(json.dumps({**plan, "commit": "0" * 40}))
     status, _, error = sweeps.run(sweep, *tiny, "seed=1", "sweep.any_commit=false")

@@ -51,8 +51,9 @@ def test_a_run_on_two_nodes_is_that_of_one_process(netns_sweeps: Sweeps, sweep: 
     finish(netns_sweeps.start(sweep, *GRID, *TWO))
     assert curve(sweep) == pytest.approx(alone, abs=1e-5)
     (record,) = sweep.records()
-    (provenance,) = (sweep.run(record.run_id).attempts).glob("*/provenance.json")
-    assert json.loads(provenance.read_text())["host"] in ("n1", "n2")
+    attempts = list(sweep.run(record.run_id).attempts.glob("*/provenance.json"))  # several where the machine was slow
+    assert {json.loads(path.read_text())["host"] for path in attempts} <= {"n1", "n2"}
+    assert attempts
     (job,) = sweep.jobs.glob("*/0000")
     assert {path.name for path in job.glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
     (checkpoint,) = sweep.run(record.run_id).checkpoints.iterdir()
