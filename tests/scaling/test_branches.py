@@ -103,7 +103,7 @@ def test_lengths_that_one_recipe_does_not_serve_are_noted() -> None:
 
 
 def test_the_prepared_corpus_renames_trunks_with_their_runs() -> None:
-    specs = with_digests(expand_grid(["+grid=branches"]).specs, {512: "0123456789abcdef"})
+    specs = with_digests(expand_grid(["+grid=branches"]).specs, {1024: "0123456789abcdef"})
     assert {s.parent_run_id for s in specs} - {None} <= {s.run_id for s in specs}
     assert plan_branches(specs) == specs
 
@@ -126,7 +126,7 @@ def test_run_ids_of_committed_sweeps_stand(name: str) -> None:
     [
         (["schedule=cosine", "tokens=1e6,2e6"], "schedule=cosine: cool-downs branch off a constant learning rate"),
         (["sweep.trunk_tokens_per_param=0", "tokens=1e6"], "sweep.trunk_tokens_per_param = 0.0: must be positive"),
-        (["tokens=1e3"], "trunk's warm-up, whose recipe is asked at 20 tokens per parameter: lower"),
+        (["tokens=3e3"], "trunk's warm-up, whose recipe is asked at 20 tokens per parameter: lower"),
         (["sweep.branches=3", "tokens=1e6"], "sweep.branches: expected bool, got 3"),
     ],
 )
