@@ -30,6 +30,8 @@ _LEAST_STEPS = 4
 """Of a window."""
 _DENSE = 0.9
 """Share of its steps that a run's metrics hold at least."""
+_NEAR = 0.02
+"""Of a run, between evaluations that were asked for at one fraction of it and came at the ends of steps."""
 _SMOOTH = 5
 _LEAST_SD = 1e-3
 
@@ -136,26 +138,51 @@ class Paths:
     def curve(self, spec: RunSpec, fractions: Floats) -> tuple[Floats, Floats]:
         """ln(held-out loss / final held-out loss) of a run at fractions of it, and the standard deviation of ln held-out loss.
 
-        ln L(f) = ln S(N, f·D) + h(f), so that the variance is that of a forecast at N and f·D, in whose reach the law-form error
-        is counted, and that of h. Between their evaluations the runs' training loss gives the shape, shifted to meet them.
+        ln L(f) = ln S(N, f·D) + y(f), where y(1) is a run's own noise: the variance is that of the surface at N and f·D, in whose
+        reach the law-form error is counted, and that of y between runs. Between their evaluations the runs' training loss gives
+        the shape, shifted to meet them.
         """
+        missed = [
+            t.val_loss - self._surface(own, t.fractions) for own, t in zip(self.specs, self.traces, strict=True)
+        ]
         rows = []
-        for own, t in zip(self.specs, self.traces, strict=True):
-            anchored = t.val_loss - self._surface(own, t.fractions)
+        for own, t, y in zip(self.specs, self.traces, missed, strict=True):
             if not self.windows:
-                rows.append(np.interp(fractions, t.fractions, anchored) - anchored[-1])
+                rows.append(np.interp(fractions, t.fractions, y))
                 continue
             at = middles(self.windows)
             shape = t.train_loss - self._surface(own, at)
-            shift = np.interp(fractions, t.fractions, anchored - np.interp(t.fractions, at, shape))
-            rows.append(np.interp(fractions, at, shape) + shift - anchored[-1])
-        mean, trend, residual = self._forecast(np.array(rows), spec)
+            shift = np.interp(fractions, t.fractions, y - np.interp(t.fractions, at, shape))
+            rows.append(np.interp(fractions, at, shape) + shift)
+        paths, ends = np.array(rows), np.array([y[-1] for y in missed])
+        mean, trend, _ = self._forecast(paths - ends[:, None], spec)
         fallen = self._surface(spec, fractions, True) - self._surface(spec, np.ones(1), True)
-        variance = (residual**2).sum(0) / _freedom(residual) + trend**2 / 12
-        variance[fractions >= 1] = 0.0
-        return fallen + mean + trend / 2, np.sqrt(
-            variance + self.fit.predictive_sd(*self._at(spec, fractions, True)) ** 2
-        )
+        trend = np.where(fractions < 1, trend, 0.0)
+        surface = self.fit.predictive_sd(*self._at(spec, fractions, True)) ** 2 - self.fit.run_noise**2
+        between_runs = self._between_runs(paths, missed, spec, fractions)
+        return fallen + mean + trend / 2, np.sqrt(surface + between_runs + trend**2 / 12)
+
+    def _between_runs(self, paths: Floats, missed: Sequence[Floats], spec: RunSpec, fractions: Floats) -> Floats:
+        """(m,) variance of y(f) between runs, at the end that of their noise.
+
+        From the first fraction on at which all runs were evaluated it is interpolated between such fractions: what
+        `paths` (R, m) holds in between has the noise of its windows too, which an evaluation has not.
+        """
+
+        def variance(y: Floats) -> Floats:
+            residual = self._forecast(y, spec)[2]
+            return np.asarray((residual**2).sum(0) / _freedom(residual))
+
+        nearest = [[int(np.abs(t.fractions - f).argmin()) for t in self.traces] for f in self.traces[0].fractions]
+        shared = [
+            (f, [y[k] for y, k in zip(missed, index, strict=True)])
+            for f, index in zip(self.traces[0].fractions, nearest, strict=True)
+            if all(abs(t.fractions[k] - f) <= _NEAR for t, k in zip(self.traces, index, strict=True))
+        ]
+        at = np.array([f for f, _ in shared])
+        there = variance(np.array([y for _, y in shared]).T)
+        there[-1] = self.fit.run_noise**2
+        return np.where(fractions < at[0], variance(paths), np.interp(fractions, at, there))
 
     def channels(self, spec: RunSpec, final_sd: float) -> list[Channel]:
         """Expected training loss, gradient norm and scatter of a run; none where the runs' metrics are too thin.

@@ -150,6 +150,40 @@ def test_the_band_is_the_forecasts_on_the_way_and_takes_half_of_a_trend(make_swe
         assert half == pytest.approx(t_quantile(0.9, fit.freedom) * sd, rel=0.05)
 
 
+def test_the_band_has_the_noise_of_an_evaluation_once_and_that_of_the_windows_nowhere(
+    make_sweep: Callable[..., Path],
+) -> None:
+    """Runs on the surface at (N, f·D) but for .5% at each of five evaluations, the last the run's own, and 5% at each step."""
+    noise, rng = 0.005, np.random.default_rng(3)
+    path = make_sweep(noise=0.0)
+    for file in path.glob("runs/*/spec.json"):
+        run = RunDir(file.parent)
+        spec = run.spec()
+        n, record = spec.params.body_head, run.record()
+        assert record is not None
+        rows = []
+        for step in range(1, spec.steps + 1):
+            surface = SURFACE["E"] + SURFACE["A"] * n ** -SURFACE["alpha"]
+            surface += SURFACE["B"] * (step * spec.batch_tokens) ** -SURFACE["beta"]
+            row = {"step": step, "tokens": step * spec.batch_tokens, "grad_norm": 1.0}
+            row["train_loss"] = surface * np.exp(0.05 * rng.standard_normal())
+            if step in {round(spec.steps * k / 5) for k in range(1, 6)}:
+                row["val_loss"] = surface * np.exp(noise * rng.standard_normal())
+            rows.append(row)
+        run.metrics_jsonl.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        run.record_json.unlink()
+        dataclasses.replace(record, loss=rows[-1]["val_loss"]).write_once(run.record_json)
+    runs = load_runs(path)
+    fit = fit_law(runs, "chinchilla", draws=100)
+    forecast = make_forecast(fit, runs, 1e13)
+    n, t = forecast.spec.params.body_head, t_quantile(0.9, fit.freedom)
+    assert fit.run_noise == pytest.approx(noise, rel=0.4)
+    for point in forecast.curve[4:]:  # from a fifth of the run on
+        expected = np.sqrt(float(fit.predictive_sd(n, point.tokens)) ** 2 - fit.run_noise**2 + noise**2)
+        half = np.log(point.interval_90[1] / point.interval_90[0]) / 2
+        assert half / t == pytest.approx(expected, rel=0.35)
+
+
 def test_no_curve_without_metrics(make_sweep: Callable[..., Path]) -> None:
     sweep = make_sweep()
     for path in sweep.glob("runs/*/metrics.jsonl"):
