@@ -40,14 +40,16 @@ Records = dict[tuple[int, int], RunRecord]
 """By length and seed."""
 
 
-def plan(lengths: Sequence[int], args: argparse.Namespace, digest: str, *settings: str) -> list[RunSpec]:
+def plan(lengths: Sequence[int], args: argparse.Namespace, *settings: str) -> list[RunSpec]:
     """The runs of these lengths and seeds, trunks before their branches."""
     ratios = ",".join(f"{args.tokens_per_param * length:g}" for length in lengths)
     grid = ["model=demo", "data=stdlib", "eval.points=1", f"model.width={args.width}"]
     grid.append(f"sweep.trunk_tokens_per_param={args.trunk_length * args.tokens_per_param:g}")
     seeds = ",".join(map(str, range(args.seeds)))
     specs = expand_grid([*grid, f"tokens_per_param={ratios}", f"seed={seeds}", *settings]).specs
-    return sorted(with_digests(specs, {specs[0].shape.vocab_size: digest}), key=lambda spec: -spec.tokens)
+    vocab_size = specs[0].shape.vocab_size
+    digest = prepare("stdlib", None, vocab_size, progress=False).digest
+    return sorted(with_digests(specs, {vocab_size: digest}), key=lambda spec: -spec.tokens)
 
 
 def train_all(specs: list[RunSpec], lengths: Sequence[int], folder: Path) -> Records:
@@ -113,8 +115,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--seeds {args.seeds}: seed noise needs at least 2")
     torch.set_num_threads(1)
     every = sorted({length for lengths in LENGTHS.values() for length in lengths})
-    digest = prepare("stdlib", None, 512).digest
-    joined = {kind: plan(lengths, args, digest, "sweep.branches=true") for kind, lengths in LENGTHS.items()}
+    joined = {kind: plan(lengths, args, "sweep.branches=true") for kind, lengths in LENGTHS.items()}
     apart = {
         spec.run_id: dataclasses.replace(spec, parent_run_id=None, parent_step=None, keep_steps=())
         for specs in joined.values()
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
         folder = Path(name)
         twins = train_all(list(apart.values()), every, folder / "apart")
         together = {kind: train_all(joined[kind], LENGTHS[kind], folder / kind) for kind in LENGTHS}
-        own = train_all(plan(every, args, digest), every, folder / "own-recipe")
+        own = train_all(plan(every, args), every, folder / "own-recipe")
     heading = ("lengths", "D", "branch", "twin", "difference", "seed sd", "own recipe")
     rows = [
         loss_row(kind, length, args.seeds, together[kind], twins, own)

@@ -5,7 +5,7 @@ back, on batches cut before the clock starts. The loop is all of `train`: lease,
 watch, checkpoints, record, with one evaluation of a single window. Both clocks include building the model.
 ratio: loop / bare, so 1 means that the loop costs nothing; median over the pairs.
 
-python bench/loop_overhead.py [--widths 16 56] [--seconds 4] [--repeats 5]   (on data=stdlib, vocabulary 512)
+python bench/loop_overhead.py [--widths 16 56] [--seconds 4] [--repeats 5]   (on data=stdlib)
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def main(argv: list[str]) -> None:
     if args.repeats < 1 or args.seconds <= 0:
         raise InputError(f"--repeats {args.repeats} --seconds {args.seconds}: must be positive")
     torch.set_num_threads(1)
-    digest = prepare("stdlib", None, 512).digest
     for width in args.widths:
-        print(json.dumps(measure(specs[width], Corpus.open(digest), args.seconds, args.repeats)), flush=True)
+        corpus = Corpus.open(prepare("stdlib", None, specs[width].shape.vocab_size).digest)
+        print(json.dumps(measure(specs[width], corpus, args.seconds, args.repeats)), flush=True)
 
 
 if __name__ == "__main__":

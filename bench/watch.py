@@ -111,8 +111,9 @@ def train_one(spec: RunSpec, folder: Path, fault: Fault | None) -> list[dict[str
 def sweep_and_forecast(folder: Path) -> Forecast:
     """Train the small sweep and forecast the target."""
     grid = expand_grid(GRID)
-    manifest = prepare("stdlib", None, 512)
-    specs = with_digests(grid.specs, {512: manifest.digest})
+    vocab_size = grid.base.family.vocab_size
+    manifest = prepare("stdlib", None, vocab_size)
+    specs = with_digests(grid.specs, {vocab_size: manifest.digest})
     sweep = SweepDir(folder / "sweep")
     if not sweep.plan_json.exists():
         Plan(
