@@ -42,9 +42,9 @@ from train.engine.trainer import Trainer
 
 GRID = [
     "model=demo", "data=stdlib", "eval.points=5", "eval.tokens=8192", "recipe.batch_multiplier=2",
-    "model.width=16,24", "flops=4e9,8e9,1.6e10", "seed=0,1,2",
+    "model.width=16,24", "flops=6e9,1.2e10,2.4e10", "seed=0,1,2",
 ]  # fmt: skip
-TARGET_FLOPS = 3.2e10
+TARGET_FLOPS = 4.8e10
 WITHIN = 0.1
 """Of the run: how soon a fault is to be found."""
 
