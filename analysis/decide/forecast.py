@@ -76,7 +76,7 @@ def make_forecast(
     n_star, d_star = search.best(budget_flops)
     ratio = fit.extrapolation_ratio(spec.flops)
     paths, final_sd = Paths(fit, runs, search.worth), float(fit.predictive_sd(n, d))
-    curve = _curve(fit, paths, spec, loss)
+    curve = _curve(paths, spec, loss)
     forecast = Forecast(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         sweep=runs.source,
@@ -195,14 +195,14 @@ def _flagship(
     return spec, notes
 
 
-def _curve(fit: FitResult, paths: Paths, spec: RunSpec, final_loss: float) -> list[CurvePoint]:
+def _curve(paths: Paths, spec: RunSpec, final_loss: float) -> list[CurvePoint]:
     """Held-out loss along the run with its band, which at the end is the forecast's (analysis.decide.path)."""
     if len(paths) < LEAST_RUNS:
         return []
     fractions = np.arange(1, CURVE_POINTS + 1) / CURVE_POINTS
     points = []
-    for fraction, up, sd in zip(fractions, *paths.curve(spec, fractions), strict=True):
-        loss, half = final_loss * math.exp(up), [t_quantile(level, fit.freedom) * sd for level in (0.5, 0.9)]
+    for fraction, up, sd, freedom in zip(fractions, *paths.curve(spec, fractions), strict=True):
+        loss, half = final_loss * math.exp(up), [t_quantile(level, freedom) * sd for level in (0.5, 0.9)]
         bands = [(loss * math.exp(-h), loss * math.exp(h)) for h in half]
         points.append(CurvePoint(round(fraction * spec.tokens), loss, bands[0], bands[1]))
     return points

@@ -135,12 +135,12 @@ class Paths:
         residual = y - y.mean(0) - (x - centre) @ slope
         return mean, y.mean(0) + (_place(spec) - centre) @ slope - mean, residual
 
-    def curve(self, spec: RunSpec, fractions: Floats) -> tuple[Floats, Floats]:
-        """ln(held-out loss / final held-out loss) of a run at fractions of it, and the standard deviation of ln held-out loss.
+    def curve(self, spec: RunSpec, fractions: Floats) -> tuple[Floats, Floats, Floats]:
+        """ln(held-out loss / final held-out loss) of a run at fractions of it; standard deviation of ln held-out loss; its degrees of freedom.
 
         ln L(f) = ln S(N, f·D) + y(f), where y(1) is a run's own noise: the variance is that of the surface at N and f·D, in whose
         reach the law-form error is counted, and that of y between runs. Between their evaluations the runs' training loss gives
-        the shape, shifted to meet them.
+        the shape, shifted to meet them. Degrees of freedom are of the sum of the two (Satterthwaite 1946), at the end the forecast's.
         """
         missed = [
             t.val_loss - self._surface(own, t.fractions) for own, t in zip(self.specs, self.traces, strict=True)
@@ -160,7 +160,9 @@ class Paths:
         trend = np.where(fractions < 1, trend, 0.0)
         surface = self.fit.predictive_sd(*self._at(spec, fractions, True)) ** 2 - self.fit.run_noise**2
         between_runs = self._between_runs(paths, missed, spec, fractions)
-        return fallen + mean + trend / 2, np.sqrt(surface + between_runs + trend**2 / 12)
+        variance = surface + between_runs + trend**2 / 12
+        freedom = variance**2 / (surface**2 / self.fit.freedom + between_runs**2 / _freedom(paths))
+        return fallen + mean + trend / 2, np.sqrt(variance), np.where(fractions < 1, freedom, self.fit.freedom)
 
     def _between_runs(self, paths: Floats, missed: Sequence[Floats], spec: RunSpec, fractions: Floats) -> Floats:
         """(m,) variance of y(f) between runs, at the end that of their noise.

@@ -95,7 +95,7 @@ class FormError:
         return self.per_efold * np.maximum(np.asarray(log_ratio, float), 0.0)
 
 
-def t_quantile(level: float, freedom: int) -> float:
+def t_quantile(level: float, freedom: float) -> float:
     """Half-width of a central interval of Student's t, in standard deviations."""
     from scipy.special import stdtrit
 
